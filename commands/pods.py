@@ -106,6 +106,11 @@ class Pods:
                 raise MachineError(f"{file}: {name}: not {TYPES[SETTINGS[name]]}")
         return settings
 
+    @property
+    def takes_roots(self) -> bool:
+        """Whether VMs get root file systems as disks.  Raises MachineError."""
+        return bool(self._settings().get("block_roots"))
+
     def start(self, name: str, *, memory: int, cpus: int, share: tuple[str, Path] | None = None) -> PodMachine:
         """Start a VM.  Raises MachineError."""
         settings = self._settings()
@@ -119,8 +124,7 @@ class Pods:
             vm = VM.start(config, ready=ReadinessProbe(), supervisor=supervisor)
         except VMError as error:
             raise MachineError(str(error)) from error
-        takes_roots = bool(settings.get("block_roots"))
-        return SharedVM(vm, is_clone=config.snapshot is not None, takes_roots=takes_roots)
+        return SharedVM(vm, is_clone=config.snapshot is not None, takes_roots=bool(settings.get("block_roots")))
 
     @property
     def pids(self) -> Sequence[int]:
@@ -164,9 +168,9 @@ class SharedVM:
     def pid(self) -> int:
         return int(self._vm.info["pids"]["supervisor"])
 
-    def add_disk(self, file: Path, name: str, *, writable: bool) -> str:
+    def add_disk(self, file: Path, name: str, *, writable: bool, following: int) -> str:
         with _translated():
-            return plug_disk(self._vm, file, name, writable=writable, spare=SPARE_PORTS)
+            return plug_disk(self._vm, file, name, writable=writable, spare=SPARE_PORTS + following)
 
     def remove_disk(self, name: str) -> bool:
         with _translated():

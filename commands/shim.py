@@ -12,6 +12,11 @@ from caisson.agent.shim.launch import Arguments, start
 #: containerd's type name of an OCI features document (containerd, core/runtime/typeurl.go).
 FEATURES_URL = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
 
+#: Mounts that containerd 2.2 and later leaves to a shim which names them here: with roots as disks, image files are
+#: wanted as they are (containerd, core/runtime/v2/task_mounts_deprecated.go).
+ALLOW_MOUNTS = "containerd.io/runtime-allow-mounts"
+IMAGE_MOUNTS = "erofs,format/*,mkdir/*"
+
 #: OpenSSL costs a shim 5 MiB for nothing: asyncio and hashlib work without it.
 OPENSSL = ("ssl", "_hashlib")
 
@@ -36,6 +41,9 @@ if TYPE_CHECKING:
         def machines(self, options: RuntimeOptions | None) -> Machines:
             """Return the source of VMs configured by the runtime's options."""
 
+        def takes_roots(self) -> bool:
+            """Return whether VMs get root file systems as disks, unless a runtime's options differ."""
+
 
 class PodVMs:
     """VMs of QEMU."""
@@ -55,6 +63,15 @@ class PodVMs:
             return Pods(supervisor=self._supervisor)
         return Pods.configured(options.path, options.body, self._supervisor)
 
+    def takes_roots(self) -> bool:
+        from caisson.agent.pods.machines import MachineError
+        from caisson.commands import pods
+
+        try:
+            return pods.Pods(configuration=pods.CONFIGURATION).takes_roots
+        except MachineError:  # `start` will report it
+            return False
+
 
 def main(source: MachineSource | None = None) -> int:
     """Execute containerd's command.  Returns the exit status; errors go to stderr in one line."""
@@ -66,7 +83,7 @@ def main(source: MachineSource | None = None) -> int:
 
             print(f"containerd-shim-caisson-v2 {VERSION}")
         elif arguments.info:
-            _print_info()
+            _print_info(source)
         elif arguments.action == "start":
             start(arguments, lambda listener, options, given: _serve(listener, options, given, source))
         elif arguments.action == "delete":
@@ -102,7 +119,7 @@ def _delete(arguments: Arguments, source: MachineSource) -> None:
     sys.stdout.buffer.write(delete(bundle, lambda: source.machines(None)))
 
 
-def _print_info() -> None:
+def _print_info(source: MachineSource) -> None:
     import json
 
     from caisson.agent.runtime.features import document_of_guest
@@ -111,6 +128,8 @@ def _print_info() -> None:
 
     info = types_pb2.RuntimeInfo(name="io.containerd.caisson.v2")
     info.version.version = VERSION
+    if source.takes_roots():
+        info.annotations[ALLOW_MOUNTS] = IMAGE_MOUNTS
     info.features.type_url = FEATURES_URL
     info.features.value = json.dumps(document_of_guest()).encode()
     sys.stdout.buffer.write(info.SerializeToString())

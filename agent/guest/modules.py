@@ -21,12 +21,12 @@ LISTED = "/lib/modules/caisson.later"
 LOADED = "/sys/module"
 
 
-def load_available(names: Iterable[str], filesystem: str = "") -> None:
-    """Load those of these modules (or a file system's, by its name) that are in the image.  Others are built in or
-    missing, which their user will report.
+def load_available(names: Iterable[str]) -> None:
+    """Load those of these modules that are in the image.  Others are built in or missing, which their user will
+    report.
     """
     listed = _listed()
-    for name in (*names, filesystem):
+    for name in names:
         if name in listed:
             load(name)
 

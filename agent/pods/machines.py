@@ -29,8 +29,11 @@ class PodMachine(Protocol):
     def takes_roots(self) -> bool:
         """Whether root file systems in files are to be plugged in as disks: an option."""
 
-    def add_disk(self, file: Path, name: str, *, writable: bool) -> str:
-        """Plug in a file as a disk, and return its PCI path.  Raises NoPort if only the ports for others are empty."""
+    def add_disk(self, file: Path, name: str, *, writable: bool, following: int) -> str:
+        """Plug in a file as a disk, and return its PCI path.
+
+        Raises NoPort if there are not enough ports for it and the ``following`` ones, without those for others.
+        """
 
     def remove_disk(self, name: str) -> bool:
         """Unplug a disk, and close its file; False if the guest did not release it."""

@@ -7,6 +7,7 @@ Source: mount_namespaces(7), "Shared subtrees"; mount(8).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,14 @@ from caisson.agent.base.mountinfo import mount_points
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.shim.spec import Volume
+
+#: The directory beside a bundle's root for the file systems that it is made of.
+LAYERS = "layers"
+
+#: References and options of containerd's mount manager, which it leaves to a shim that wants image files as they are.
+REFERENCE = re.compile(r"\{\{ *(?:mount|overlay) (\d+)(?: (\d+))? *\}\}")
+MAKE_DIRECTORY = "X-containerd.mkdir.path="
+VERITY = "X-containerd.dmverity="
 
 #: Seconds for mount(8).
 MOUNT_TIMEOUT = 30.0
@@ -47,18 +56,69 @@ def make_shared(directory: Path) -> None:
         raise MountError(f"{directory}: {(error.strerror or '').lower()}") from error
 
 
-def mount_rootfs(mounts: Iterable[RootfsMount], bundle_rootfs: Path, place: Path, root: str) -> None:
+def mount_rootfs(mounts: Sequence[RootfsMount], bundle_rootfs: Path, place: Path, root: str) -> None:
     """Mount a container's root file system in its bundle, in order, and bind-mount it below the share.
 
     Without mounts it already exists at ``root`` (docker's graph drivers).  Raises MountError.
     """
-    count = 0
     for mount in mounts:
-        options = ["-o", ",".join(mount.options)] if mount.options else []
-        _mount("-t", mount.type, *options, mount.source, str(bundle_rootfs))
-        count += 1
-    source = bundle_rootfs if count else bundle_rootfs.parent / root
-    bind(source, place, recursive=True)
+        if any(option.startswith(VERITY) for option in mount.options):
+            raise MountError(f'{mount.source}: dm-verity is not supported; set containerd\'s dmverity_mode = "off"')
+    if any("/" in mount.type for mount in mounts):
+        _mount_chain(mounts, bundle_rootfs.with_name(LAYERS), bundle_rootfs)
+    else:
+        for mount in mounts:
+            _mount(mount.type, mount.options, mount.source, bundle_rootfs)
+    bind(bundle_rootfs if mounts else bundle_rootfs.parent / root, place, recursive=True)
+
+
+def _mount_chain(mounts: Sequence[RootfsMount], directory: Path, target: Path) -> None:
+    """Mount a list in which later mounts name the mount points of earlier ones; all but the last below a directory.
+
+    Source: containerd 2.2, docs/mounts.md.  Raises MountError.
+    """
+    for number, mount in enumerate(mounts):
+        transforms = mount.type.split("/")
+        fstype = transforms.pop()
+        if unknown := set(transforms) - {"format", "mkdir"}:
+            raise MountError(f"{mount.source}: mounts of type {mount.type} need containerd for {unknown.pop()}")
+        source, *options = (_formatted(text, number) for text in (mount.source, *mount.options))
+        for option in options:
+            if option.startswith(MAKE_DIRECTORY):
+                path, _, mode = option.removeprefix(MAKE_DIRECTORY).partition(":")
+                _make_directory(directory / path, int(mode.partition(":")[0] or "700", 8))
+        place = target if number == len(mounts) - 1 else directory / str(number)
+        place.mkdir(parents=True, exist_ok=True)
+        plain = [option for option in options if not option.startswith("X-containerd.")]
+        _mount(fstype, plain, source, place, relative_to=directory)
+
+
+def _make_directory(place: Path, mode: int) -> None:
+    """Create a directory in a file system that a guest may have written: a link there could lead anywhere on the host.
+
+    Raises MountError.
+    """
+    place.mkdir(mode=mode, exist_ok=True)
+    if place.is_symlink():
+        raise MountError(f"{place}: is a symbolic link")
+
+
+def _formatted(text: str, count: int) -> str:
+    """Replace references to the mount points of the ``count`` mounts before: relative ones, as overlayfs takes few
+    bytes.  Raises MountError.
+    """
+
+    def points(found: re.Match[str]) -> str:
+        first, last = int(found[1]), int(found[2] or found[1])
+        if max(first, last) >= count:
+            raise MountError(f"{text}: there are {count} mounts before it")
+        step = 1 if last >= first else -1
+        return ":".join(str(number) for number in range(first, last + step, step))
+
+    formatted = REFERENCE.sub(points, text)
+    if "{{" in formatted:
+        raise MountError(f"{text}: unknown reference")
+    return formatted
 
 
 def bind(source: Path, place: Path, *, recursive: bool) -> None:
@@ -93,8 +153,9 @@ def release(directory: Path) -> None:
 
 def unmount_rootfs(bundle: Path) -> None:
     """Unmount what mount_rootfs mounted in a bundle.  Idempotent."""
-    for place in reversed(mount_points(str(bundle / "rootfs"))):
-        detach(place)
+    for name in ("rootfs", LAYERS):
+        for place in reversed(mount_points(str(bundle / name))):
+            detach(place)
 
 
 def detach(place: str) -> None:
@@ -124,11 +185,12 @@ def _remove_empty(directory: Path) -> None:
         pass
 
 
-def _mount(*words: str) -> None:
+def _mount(fstype: str, options: Sequence[str], source: str, target: Path, *, relative_to: Path | None = None) -> None:
     import subprocess  # late: `delete` mounts nothing
 
+    words = ["mount", "-t", fstype, *(["-o", ",".join(options)] if options else []), source, str(target)]
     done = subprocess.run(
-        ["mount", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=MOUNT_TIMEOUT
+        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=MOUNT_TIMEOUT, cwd=relative_to
     )
     if done.returncode != 0:
-        raise MountError(f"{words[-1]}: {' '.join(done.stderr.split())}")
+        raise MountError(f"{target}: {' '.join(done.stderr.split())}")

@@ -1,7 +1,8 @@
 """Root file systems in image files, which the guest mounts itself: the files are plugged into its VM as disks.
 
 The host's kernel reads no file system of a guest then, and the guest needs no share for its root.
-Source: containerd, plugins/snapshots/blockfile/blockfile.go (mounts).
+Source: containerd, plugins/snapshots/blockfile/blockfile.go (mounts) and plugins/snapshots/erofs/erofs.go
+(overlayMounts).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from caisson.agent.base.record import Record
 from caisson.agent.pods.machines import MachineError, NoPort
-from caisson.agent.shim.mounts import RootfsMount
+from caisson.agent.shim.mounts import MAKE_DIRECTORY, RootfsMount
 from caisson.proto.kata3 import agent_pb2
 
 TYPE_CHECKING = False
@@ -26,10 +27,20 @@ if TYPE_CHECKING:
 GUEST_DIRECTORY = "/run/kata-containers"
 
 #: File systems in image files that the guest's kernel has.
-GUEST_FSTYPES = ("ext4",)
+GUEST_FSTYPES = ("ext4", "erofs")
+
+#: The overlay above erofs layers.
+OVERLAY = "format/mkdir/overlay"
+
+#: The agent's driver for a root of layers, and its marks on their storages (agent/guest/storage/overlay.py).
+LAYERS_DRIVER = "erofs.multi-layer"
+UPPER, LOWER = "X-kata.overlay-upper", "X-kata.overlay-lower"
 
 #: Options of mount(8) and of containerd about the loop device that a host would need.
-OF_LOOP_DEVICES = ("loop", "direct-io", "X-containerd.")
+OF_LOOP_DEVICES = ("loop", "direct-io")
+
+#: Options that name further devices, or have the host verify the file: no guest could mount it alone.
+OF_OTHERS = ("device=", "X-containerd.")
 
 LOOP_DEVICES = Path("/sys/block")
 
@@ -45,6 +56,7 @@ class RootDisk(Record):
     fstype: str
     options: tuple[str, ...]
     writable: bool
+    layer: str = ""  # UPPER or LOWER, of a root of several
 
 
 class RootDisks:
@@ -70,7 +82,8 @@ class RootDisks:
         try:
             if not self._machine.takes_roots:
                 return []
-            return [self._plug(disk) for disk in root_disks(mounts)]
+            disks = root_disks(mounts)
+            return [self._plug(disk, len(disks) - 1 - number) for number, disk in enumerate(disks)]
         except (NotOnDisks, NoPort) as error:
             self._log("info", "the root is shared, not a disk", reason=str(error))
         except MachineError:
@@ -79,12 +92,14 @@ class RootDisks:
         self.unplug()
         return []
 
-    def _plug(self, disk: RootDisk) -> agent_pb2.Storage:
+    def _plug(self, disk: RootDisk, following: int) -> agent_pb2.Storage:
         name = f"{self._prefix}-{len(self._names)}"
-        path = self._machine.add_disk(disk.file, name, writable=disk.writable)
+        path = self._machine.add_disk(disk.file, name, writable=disk.writable, following=following)
         self._names.append(name)
+        driver = LAYERS_DRIVER if disk.layer else "blk"
+        options = [*disk.options, disk.layer] if disk.layer else disk.options
         return agent_pb2.Storage(
-            driver="blk", source=path, fstype=disk.fstype, options=disk.options, mount_point=self.mount_point
+            driver=driver, source=path, fstype=disk.fstype, options=options, mount_point=self.mount_point
         )
 
     def unplug(self) -> None:
@@ -99,25 +114,42 @@ class RootDisks:
 
 
 def root_disks(mounts: Sequence[RootfsMount]) -> list[RootDisk]:
-    """Return the image files that a root file system consists of.
+    """Return the image files that a root file system consists of: one, or a writable one and the layers below it.
 
     Raises NotOnDisks for mounts of other kinds, and for a file that the host has mounted: two kernels with one file
     system destroy it.
     """
-    if len(mounts) != 1 or mounts[0].type not in GUEST_FSTYPES or not _has_image(mounts[0]):
+    images = mounts if len(mounts) == 1 else mounts[:-1]
+    if not images or not all(_is_image(mount) for mount in images) or (len(mounts) > 1 and not _is_overlay(mounts)):
         types = [mount.type for mount in mounts]
-        raise NotOnDisks(f"{' + '.join(types) or 'a directory'}: not one of the blockfile kind")
-    disk = _disk(mounts[0])
-    if os.path.realpath(disk.file) in _files_of_loop_devices():
-        raise NotOnDisks(f"{disk.file}: is in use on the host, by a loop device")
-    return [disk]
+        raise NotOnDisks(f"{' + '.join(types) or 'a directory'}: not one of the blockfile or erofs kind")
+    disks = [_disk(mount) for mount in images]
+    for disk in disks:
+        if disk.writable and os.path.realpath(disk.file) in _files_of_loop_devices():
+            raise NotOnDisks(f"{disk.file}: is in use on the host, by a loop device")
+    if len(mounts) == 1:
+        return disks
+    return [disks[0].but(layer=UPPER), *(disk.but(layer=LOWER) for disk in disks[1:])]
 
 
-def _has_image(mount: RootfsMount) -> bool:
+def _is_image(mount: RootfsMount) -> bool:
+    """Return whether a mount is of an image file alone: none whose parts are in others, or are verified by the host."""
+    if mount.type not in GUEST_FSTYPES or any(option.startswith(OF_OTHERS) for option in mount.options):
+        return False
     try:
         return "loop" in mount.options and stat.S_ISREG(os.lstat(mount.source).st_mode)
     except OSError:
         return False
+
+
+def _is_overlay(mounts: Sequence[RootfsMount]) -> bool:
+    """Return whether the last mount is an overlay of all others, of which the first is the writable one."""
+    upper, *layers, overlay = mounts
+    if overlay.type != OVERLAY or upper.type != "ext4" or {mount.type for mount in layers} != {"erofs"}:
+        return False
+    lower = "{{ mount 1 }}" if len(layers) == 1 else f"{{{{ overlay 1 {len(layers)} }}}}"
+    options = {option for option in overlay.options if not option.startswith(MAKE_DIRECTORY)}
+    return options == {f"lowerdir={lower}", "upperdir={{ mount 0 }}/upper", "workdir={{ mount 0 }}/work"}
 
 
 def _disk(mount: RootfsMount) -> RootDisk:

@@ -177,6 +177,8 @@ CONFIGURATION_2 = (
 [plugins."io.containerd.grpc.v1.cri"]
   stream_server_address = "127.0.0.1"
   stream_server_port = "0"
+[plugins."io.containerd.snapshotter.v1.erofs"]
+  default_size = "64MiB"
 """
 )
 

@@ -66,10 +66,10 @@ class NativeMachine:
     def takes_roots(self) -> bool:
         return DISKS in os.environ
 
-    def add_disk(self, file: Path, name: str, *, writable: bool) -> str:
+    def add_disk(self, file: Path, name: str, *, writable: bool, following: int) -> str:
         disks = self._place / "disks"
         disks.mkdir(exist_ok=True)
-        if len(list(disks.iterdir())) >= int(os.environ[DISKS]):
+        if len(list(disks.iterdir())) + following >= int(os.environ[DISKS]):
             raise NoPort("all ports are in use")
         mode = [] if writable else ["--read-only"]
         words = ["losetup", "--find", "--show", *mode, str(file)]

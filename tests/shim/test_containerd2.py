@@ -28,6 +28,9 @@ def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cri]:
     module = Module(sources / "go_containerd", build / "containerd")
     programs = [module.build(f"github.com/containerd/containerd/v2/cmd/{name}", name) for name in PROGRAMS]
     with cri(crictl, CONFIGURATION_2, programs) as made:
+        configuration = made.place / "shim.toml"
+        (made.place / "shared.toml").write_text(configuration.read_text())
+        configuration.write_text(f"{configuration.read_text()}block_roots = true\n")
         yield made
         assert made.vms() == []
 
@@ -121,3 +124,36 @@ def test_mounts_below_a_recursively_read_only_volume_are_read_only_and_their_own
         subprocess.run(["umount", "--lazy", below], check=True)
     below.rmdir()  # while the container runs
     containerd.remove(pod)
+
+
+#: ctr unpacks an image for another snapshotter when it first runs it.
+EROFS = ("--snapshotter", "erofs")
+
+
+@pytest.mark.parametrize("disks", [True, False])
+def test_erofs_layers_are_a_root_whoever_mounts_them(containerd: Cri, disks: bool) -> None:
+    script = "rm /etc/group; echo kept > /etc/kept; ls /etc; cat /etc/kept; id; exit 3"
+    options = [*EROFS, *([] if disks else ["--runtime-config-path", f"{containerd.place}/shared.toml"])]
+    runc, ours = (
+        containerd.ctr("run", "--rm", "--runtime", runtime, *chosen, IMAGE, "c1", "sh", "-c", script)
+        for runtime, chosen in ((RUNC, EROFS), (RUNTIME, options))
+    )
+    assert (ours.returncode, ours.stdout) == (runc.returncode, runc.stdout) and runc.returncode == 3, ours.stderr
+    layers = containerd.ctr("run", "--rm", "--runtime", RUNTIME, *options, IMAGE, "c1", "cat", "/proc/mounts")
+    assert layers.stdout.split(b" / ")[1].split()[0] == (b"overlay" if disks else b"virtiofs")
+
+
+def test_a_layer_that_was_written_to_a_disk_can_be_committed(containerd: Cri) -> None:
+    words = ("sh", "-c", "echo kept > /etc/kept")
+    done = containerd.ctr("run", "--runtime", RUNTIME, *EROFS, IMAGE, "c1", *words)
+    assert done.returncode == 0, done.stderr
+    snapshots = ("snapshots", "--snapshotter", "erofs")
+    committed = containerd.ctr(*snapshots, "commit", "kept", "c1")
+    assert committed.returncode == 0, committed.stderr
+    assert containerd.ctr(*snapshots, "view", "again", "kept").returncode == 0
+    command = containerd.ctr(*snapshots, "mounts", "/mnt", "again").stdout.decode()  # the layers are mounted by now
+    committed_layer, _, _ = command.partition("lowerdir=")[2].partition(":")
+    assert Path(committed_layer, "etc/kept").read_text() == "kept\n"
+    for verb, name in (("rm", "again"), ("rm", "kept")):
+        assert containerd.ctr(*snapshots, verb, name).returncode == 0
+    containerd.ctr("containers", "rm", "c1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -21,18 +22,21 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
 MIB = 1 << 20
 
+Mount = tuple[str, str, list[str]]
+
 
 @pytest.fixture
 def image(fake: FakeContainerd) -> Path:
     """Return a root file system as the blockfile snapshotter makes them."""
-    return make_image(fake, "root.img")
+    return make_image(fake, "root.img", fake.rootfs)
 
 
-def make_image(fake: FakeContainerd, name: str) -> Path:
+def make_image(fake: FakeContainerd, name: str, directory: Path) -> Path:
+    """Make a file system of a directory's files."""
     file = fake.place / name
     with file.open("wb") as stream:
         stream.truncate(32 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-d", fake.rootfs, file], check=True)
+    subprocess.run(["mkfs.ext4", "-q", "-d", directory, file], check=True)
     return file
 
 
@@ -48,11 +52,11 @@ def loop_devices(file: Path) -> list[str]:
     return found.stdout.decode().split()
 
 
-async def run(fake: FakeContainerd, name: str, image: Path, script: str, *options: str) -> tuple[bytes, str, bool]:
+async def run(fake: FakeContainerd, name: str, script: str, *mounts: Mount) -> tuple[bytes, str, bool]:
     """Run a script in a root to its end; return its output, the shim's log, and whether the host had mounted it."""
     task = await fake.start(name, "sh", "-c", script)
     stdout = Fifo(fake.place / f"{name}.out", os.O_RDONLY)
-    await task.create(("ext4", str(image), ["loop", *options]), stdout=stdout.path)
+    await task.create(*mounts, stdout=stdout.path)
     mounted = is_mounted(task)
     await task.call("Start")
     await task.call("Wait")
@@ -76,13 +80,14 @@ async def test_what_is_written_to_a_root_is_in_its_file_whoever_mounts_it(
 ) -> None:
     if disks is not None:
         fake.environment[DISKS] = disks
-    found = await run(fake, "c1", image, "echo kept > /kept; cat /kept; grep -c ' / ext4 rw' /proc/mounts", "rw")
+    script = "echo kept > /kept; cat /kept; grep -c ' / ext4 rw' /proc/mounts"
+    found = await run(fake, "c1", script, ("ext4", str(image), ["loop", "rw"]))
     assert (found[0], found[2]) == (b"kept\n1\n", mounted)
     assert reason in found[1] and ("not a disk" in found[1]) == bool(reason)
     if mounted:  # the host unmounts lazily
         await until(lambda: loop_devices(image) == [], "the end of the mount")
     assert loop_devices(image) == [] and read(image, "/kept") == "kept\n"
-    again = await run(fake, "c2", image, "cat /kept; touch /x || echo unchanged", "ro")
+    again = await run(fake, "c2", "cat /kept; touch /x || echo unchanged", ("ext4", str(image), ["loop", "ro"]))
     assert (again[0], again[2]) == (b"kept\nunchanged\n", mounted)
 
 
@@ -96,7 +101,7 @@ def mounted(image: Path, tmp_path: Path) -> Iterator[Path]:
 
 async def test_a_file_that_the_host_uses_is_no_disk(fake: FakeContainerd, image: Path, mounted: Path) -> None:
     fake.environment[DISKS] = "1"
-    printed, log, by_host = await run(fake, "c1", image, "echo kept > /kept; cat /kept", "rw")
+    printed, log, by_host = await run(fake, "c1", "echo kept > /kept; cat /kept", ("ext4", str(image), ["loop", "rw"]))
     assert (printed, by_host) == (b"kept\n", True)
     assert "is in use on the host, by a loop device" in log
     assert (mounted / "kept").read_text() == "kept\n", "they must share one file system"
@@ -147,3 +152,64 @@ async def test_a_killed_shim_leaves_no_disk(fake: FakeContainerd, image: Path) -
     await fake.delete_program(task)
     await until(lambda: loop_devices(image) == [], "the disk's end")
     Path(task.address.removeprefix("unix://")).unlink()
+
+
+def erofs(fake: FakeContainerd, tmp_path: Path) -> list[Mount]:
+    """Return an image of two layers as mounts of the erofs snapshotter."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/motd").write_text("of the upper layer")
+    for name, directory in (("lower", fake.rootfs), ("upper", tmp_path)):
+        subprocess.run(["mkfs.erofs", "--quiet", fake.place / name, directory], check=True, capture_output=True)
+    return [("erofs", str(fake.place / name), ["ro", "loop"]) for name in ("upper", "lower")]
+
+
+SCRIPT = "cat /etc/motd; echo kept > /etc/kept; rm /etc/passwd; ls /etc; grep -c ' / overlay rw' /proc/mounts"
+
+
+@pytest.mark.parametrize(("disks", "mounted"), [(None, True), ("2", True), ("3", False)])
+async def test_erofs_layers_are_a_root_whoever_mounts_them(
+    fake: FakeContainerd, tmp_path: Path, disks: str | None, mounted: bool
+) -> None:
+    if disks is not None:
+        fake.environment[DISKS] = disks
+    lower = await asyncio.to_thread(erofs, fake, tmp_path)
+    file = await asyncio.to_thread(make_image, fake, "rwlayer.img", tmp_path)
+    overlay = ("format/mkdir/overlay", "overlay", [
+        "X-containerd.mkdir.path={{ mount 0 }}/upper:0755", "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
+        "workdir={{ mount 0 }}/work", "upperdir={{ mount 0 }}/upper", "lowerdir={{ overlay 1 2 }}",
+    ])  # fmt: skip
+    found = await run(fake, "c1", SCRIPT, ("ext4", str(file), ["rw", "loop"]), *lower, overlay)
+    assert (found[0], found[2]) == (b"of the upper layerkept\nmotd\n1\n", mounted)
+    assert ("ports" in found[1]) == (disks == "2")
+    await until(lambda: loop_devices(file) == [], "the end of the mount")
+    assert read(file, "/upper/etc/kept") == "kept\n"
+
+
+async def test_erofs_layers_below_a_directory_are_mounted_by_the_host(fake: FakeContainerd, tmp_path: Path) -> None:
+    fake.environment[DISKS] = "9"
+    lower = await asyncio.to_thread(erofs, fake, tmp_path)
+    for name in ("fs", "work"):
+        (fake.place / name).mkdir()
+    overlay = ("format/mkdir/overlay", "overlay", [
+        f"workdir={fake.place}/work", f"upperdir={fake.place}/fs", "lowerdir={{ overlay 0 1 }}"
+    ])  # fmt: skip
+    found = await run(fake, "c1", SCRIPT, *lower, overlay)
+    assert (found[0], found[2]) == (b"of the upper layerkept\nmotd\n1\n", True)
+    assert (fake.place / "fs/etc/kept").read_text() == "kept\n"
+    view = await run(fake, "c2", "cat /etc/passwd | wc -l; touch /x || echo unchanged", lower[1])
+    assert (view[0][-10:], view[2]) == (b"unchanged\n", False)
+
+
+async def test_links_in_a_file_system_lead_to_no_directory_of_the_host(fake: FakeContainerd, tmp_path: Path) -> None:
+    lower = await asyncio.to_thread(erofs, fake, tmp_path)
+    (tmp_path / "upper").symlink_to(fake.place)
+    file = await asyncio.to_thread(make_image, fake, "rwlayer.img", tmp_path)
+    overlay = ("format/mkdir/overlay", "overlay", [
+        "X-containerd.mkdir.path={{ mount 0 }}/upper:0755",
+        "workdir={{ mount 0 }}/work", "upperdir={{ mount 0 }}/upper", "lowerdir={{ mount 1 }}",
+    ])  # fmt: skip
+    task = await fake.start("c1", "true")
+    with pytest.raises(RpcError, match="layers/0/upper: is a symbolic link"):
+        await task.create(("ext4", str(file), ["rw", "loop"]), lower[1], overlay)
+    await task.call("Shutdown")
+    await fake.delete_program(task)

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import ModelError
+from caisson.agent.base.errors import DeviceTimeout, ModelError
+from caisson.agent.base.log import Log
 from caisson.agent.guest import modules
+from caisson.agent.guest.blockdevices import BlockDevices
+from caisson.agent.guest.storage import Storage, Storages
 
 
 @pytest.fixture
@@ -41,7 +44,17 @@ def test_with_what_it_needs_first(loaded: list[tuple[str, str]]) -> None:
 
 
 def test_missing_modules_are_skipped(loaded: list[tuple[str, str]]) -> None:
-    modules.load_available(("no_such", "c"), "tmpfs")
+    modules.load_available(("no_such", "c"))
+    assert loaded == [("c", "")]
+
+
+async def test_the_file_systems_of_all_layers_are_loaded(loaded: list[tuple[str, str]], tmp_path: Path) -> None:
+    layers = [Storage("erofs.multi-layer", "01", fstype, "/root", (mark,)) for fstype, mark in (
+        ("ext4", "X-kata.overlay-upper"), ("c", "X-kata.overlay-lower")
+    )]  # fmt: skip
+    storages = Storages(BlockDevices(0, sys=str(tmp_path), dev=str(tmp_path)), Log("error"))
+    with pytest.raises(DeviceTimeout):
+        await storages.mount(layers)
     assert loaded == [("c", "")]
 
 

@@ -150,6 +150,18 @@ def test_info_says_what_holds_in_a_guest(capfdbinary: pytest.CaptureFixture[byte
     assert "user" not in features["linux"]["namespaces"] and "idmap" not in features["mountOptions"]
 
 
+@pytest.mark.parametrize(("text", "mounts"), [("block_roots = true", "erofs,format/*,mkdir/*"), ("", ""), ("=", "")])
+def test_info_claims_mounts_of_image_files_if_roots_are_to_be_disks(
+    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, mounts: str
+) -> None:
+    (tmp_path / "shim.toml").write_text(text)
+    monkeypatch.setattr(pods, "CONFIGURATION", tmp_path / "shim.toml")
+    monkeypatch.setattr(sys, "argv", ["containerd-shim-caisson-v2", "-info"])
+    assert main() == 0
+    info = types_pb2.RuntimeInfo.FromString(capfdbinary.readouterr().out)
+    assert info.annotations.get("containerd.io/runtime-allow-mounts", "") == mounts
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [

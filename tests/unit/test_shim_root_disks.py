@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from caisson.agent.shim import rootdisks
-from caisson.agent.shim.rootdisks import NotOnDisks, RootDisk, root_disks
+from caisson.agent.shim.rootdisks import LOWER, UPPER, NotOnDisks, RootDisk, root_disks
 
 
 def mount(fstype: str, source: Path, *options: str) -> Any:
@@ -26,6 +26,43 @@ def test_a_block_file_becomes_a_disk_without_the_options_of_loop_devices(file: P
     active = mount("ext4", file, "loop", "direct-io", "noatime", "rw")
     assert root_disks([active]) == [RootDisk(file, "ext4", ("noatime", "rw"), writable=True)]
     assert root_disks([mount("ext4", file, "loop", "ro")]) == [RootDisk(file, "ext4", ("ro",), writable=False)]
+
+
+def layers(
+    file: Path, *lower: str, overlay: tuple[str, ...] = (), options: tuple[str, ...] = ("ro", "loop")
+) -> list[Any]:
+    """Return the mounts of the erofs snapshotter, with a file for the writable layer."""
+    said = (
+        "X-containerd.mkdir.path={{ mount 0 }}/upper:0755", "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
+        "workdir={{ mount 0 }}/work", "upperdir={{ mount 0 }}/upper",
+    )  # fmt: skip
+    upper, image = mount("ext4", file, "rw", "loop"), mount("erofs", file, *options)
+    return [upper, *(image for _ in lower), mount("format/mkdir/overlay", Path("overlay"), *said, *overlay)]
+
+
+def test_erofs_layers_become_disks_the_writable_one_first(file: Path) -> None:
+    upper = RootDisk(file, "ext4", ("rw",), writable=True, layer=UPPER)
+    lower = RootDisk(file, "erofs", ("ro",), writable=False, layer=LOWER)
+    assert root_disks(layers(file, "a", overlay=("lowerdir={{ mount 1 }}",))) == [upper, lower]
+    two = layers(file, "b", "a", overlay=("lowerdir={{ overlay 1 2 }}",))
+    assert root_disks(two) == [upper, lower, lower]
+    assert root_disks([mount("erofs", file, "ro", "loop")]) == [lower.but(layer="")]
+
+
+def test_overlays_of_other_kinds_are_the_hosts(file: Path) -> None:
+    whole = ("lowerdir={{ overlay 1 2 }}",)
+    for mounts in (
+        layers(file, "b", "a", overlay=("lowerdir={{ overlay 2 1 }}",)),
+        layers(file, "b", "a", overlay=("lowerdir={{ overlay 0 2 }}",)),
+        layers(file, "b", "a", overlay=(*whole, "metacopy=on")),
+        layers(file, "b", "a", overlay=whole, options=("ro", "loop", "device=/other")),
+        layers(file, "b", "a", overlay=whole, options=("ro", "loop", "X-containerd.dmverity=/other")),
+        layers(file, "b", "a", overlay=whole)[1:],
+        layers(file, "b", "a", overlay=whole)[:-1],
+        layers(file, overlay=("lowerdir=/",)),
+    ):
+        with pytest.raises(NotOnDisks):
+            root_disks(mounts)
 
 
 def test_mounts_of_other_kinds_are_the_hosts(file: Path) -> None:

@@ -153,7 +153,8 @@ class Storages:
 
     async def _make(self, group: Sequence[Storage], point: _Point, container_id: str) -> None:
         storage = group[0]
-        await asyncio.to_thread(modules.load_available, MODULES.get(storage.driver, ()), storage.fstype)
+        names = [*MODULES.get(storage.driver, ()), *(one.fstype for one in group)]  # a file system's has its name
+        await asyncio.to_thread(modules.load_available, names)
         if len(group) > 1 or storage.driver == "erofs.multi-layer":
             await self._make_layers(group, point, container_id)
         elif storage.fstype == "bind" and storage.driver != "watchable-bind":
