@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import asyncio
 import contextlib
 import errno
@@ -10,84 +9,49 @@ import fcntl
 import os
 import struct
 import termios
-import tty
-from collections.abc import Coroutine, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
 from caisson.agent.base.errors import BrokenStream, EndOfStream
-from caisson.agent.model.reaper import Child
-from caisson.agent.model.stdio import LARGEST_READ, PAGE, Input, Output, Pipes, Streams
+from caisson.agent.model.stdio import LARGEST_READ, Input, Output, Pipes, Streams
+from tests.component.stream_support import bytes_in, no_descriptor_is_left, pending, read_all, running_child
 
 PIPE = 65536
 
 
 @pytest.fixture(autouse=True)
 def descriptors() -> Iterator[None]:
-    """Check that no test leaves one open."""
-    before = sorted(Path("/proc/self/fd").iterdir())
-    yield
-    assert sorted(Path("/proc/self/fd").iterdir()) == before
-
-
-def running() -> Child:
-    """Provide a child that exits when the test says so."""
-    return Child(0)
-
-
-async def all_of(output: Output, child: Child) -> bytes:
-    data = b""
-    try:
-        while True:
-            data += await output.read(LARGEST_READ, child)
-    except EndOfStream:
-        return data
-
-
-async def pending(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-    """Return a task that has run as far as it can, and waits."""
-    task = asyncio.ensure_future(work)
-    for _ in range(10):
-        await asyncio.sleep(0)
-    assert not task.done()
-    return task
-
-
-def waiting(fd: int) -> int:
-    """Return the number of bytes in a pipe."""
-    value = array.array("i", [0])
-    fcntl.ioctl(fd, termios.FIONREAD, value)
-    return value[0]
+    with no_descriptor_is_left():
+        yield
 
 
 async def test_a_read_waits_for_something_and_takes_no_more_than_asked_for() -> None:
     ours, theirs = os.pipe()
-    output, child = Output(ours), running()
+    output, child = Output(ours), running_child()
     assert await output.read(0, child) == b""
     read = await pending(output.read(3, child))
     os.write(theirs, b"abcdef")
     assert await read == b"abc"
-    assert waiting(ours) == 3
+    assert bytes_in(ours) == 3
     assert await output.read(10, child) == b"def"
     os.close(theirs)
-    assert await all_of(output, child) == b""
+    assert await read_all(output, child) == b""
 
 
 @pytest.mark.parametrize("size", [1, 1000, PIPE])
 async def test_all_that_was_written_before_the_exit_comes_before_the_end_whoever_holds_the_pipe(size: int) -> None:
     ours, theirs = os.pipe()  # theirs stays open, as in a background job
-    output, child = Output(ours), running()
+    output, child = Output(ours), running_child()
     os.write(theirs, bytes(size))
     child._end(0)
-    assert await all_of(output, child) == bytes(size)
+    assert await read_all(output, child) == bytes(size)
     os.close(theirs)
 
 
 async def test_the_exit_ends_a_read_that_waits_and_every_later_one() -> None:
     ours, theirs = os.pipe()
-    output, child = Output(ours), running()
+    output, child = Output(ours), running_child()
     read = await pending(output.read(10, child))
     child._end(0)
     for attempt in (read, output.read(10, child), output.read(10, child)):
@@ -99,7 +63,7 @@ async def test_the_exit_ends_a_read_that_waits_and_every_later_one() -> None:
 async def test_a_job_that_writes_for_ever_does_not_hold_back_the_end() -> None:
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
-    output, child = Output(ours), running()
+    output, child = Output(ours), running_child()
     os.write(theirs, bytes(PIPE))
     child._end(0)
     total = 0
@@ -114,20 +78,20 @@ async def test_a_job_that_writes_for_ever_does_not_hold_back_the_end() -> None:
 
 async def test_nothing_is_read_ahead() -> None:
     ours, theirs = os.pipe()
-    output, child = Output(ours), running()
+    output, child = Output(ours), running_child()
     os.write(theirs, bytes(PIPE))
     for _ in range(5):
         await asyncio.sleep(0)
-    assert waiting(ours) == PIPE
+    assert bytes_in(ours) == PIPE
     assert len(await output.read(100, child)) == 100
-    assert waiting(ours) == PIPE - 100
+    assert bytes_in(ours) == PIPE - 100
     output.release()
     os.close(theirs)
 
 
 async def test_a_cancelled_read_takes_nothing() -> None:
     ours, theirs = os.pipe()
-    output, child = Output(ours), running()
+    output, child = Output(ours), running_child()
     read = await pending(output.read(10, child))
     os.write(theirs, b"kept")
     read.cancel()
@@ -141,7 +105,7 @@ async def test_a_cancelled_read_takes_nothing() -> None:
 
 async def test_reads_of_one_stream_take_turns() -> None:
     ours, theirs = os.pipe()
-    output, child = Output(ours), running()
+    output, child = Output(ours), running_child()
     reads = [await pending(output.read(2, child)) for _ in range(5)]
     os.write(theirs, b"aabbccddee")
     assert await asyncio.gather(*reads) == [b"aa", b"bb", b"cc", b"dd", b"ee"]
@@ -151,7 +115,7 @@ async def test_reads_of_one_stream_take_turns() -> None:
 
 async def test_a_descriptor_is_not_closed_under_who_waits_for_it() -> None:
     ours, theirs = os.pipe()
-    output, child = Output(ours), running()
+    output, child = Output(ours), running_child()
     read = await pending(output.read(2, child))
     output.release()
     os.fstat(ours)  # still open
@@ -165,7 +129,7 @@ async def test_a_descriptor_is_not_closed_under_who_waits_for_it() -> None:
 
 async def test_a_write_waits_for_room_and_lets_others_go_on() -> None:
     theirs, ours = os.pipe()
-    stdin, child = Input(ours), running()
+    stdin, child = Input(ours), running_child()
     data = os.urandom(LARGEST_READ + 5 * PIPE + 17)
     write = await pending(stdin.write(data, child))
     close = await pending(stdin.close())
@@ -186,7 +150,7 @@ async def test_a_write_waits_for_room_and_lets_others_go_on() -> None:
 
 async def test_a_cancelled_write_makes_way() -> None:
     theirs, ours = os.pipe()
-    stdin, child = Input(ours), running()
+    stdin, child = Input(ours), running_child()
     write = await pending(stdin.write(bytes(2 * LARGEST_READ), child))
     write.cancel()
     await asyncio.wait([write])
@@ -198,7 +162,7 @@ async def test_a_cancelled_write_makes_way() -> None:
 
 async def test_input_in_bulk_gets_a_larger_pipe() -> None:
     theirs, ours = os.pipe()
-    stdin, child = Input(ours), running()
+    stdin, child = Input(ours), running_child()
     assert await stdin.write(b"little", child) == 6
     assert fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ) == PIPE
     assert await stdin.write(bytes(LARGEST_READ // 2), child) == LARGEST_READ // 2  # nobody needs to read
@@ -209,7 +173,7 @@ async def test_input_in_bulk_gets_a_larger_pipe() -> None:
 
 async def test_a_write_that_nobody_reads_is_broken() -> None:
     theirs, ours = os.pipe()
-    stdin, child = Input(ours), running()
+    stdin, child = Input(ours), running_child()
     write = await pending(stdin.write(bytes(2 * LARGEST_READ), child))
     os.close(theirs)
     for attempt in (write, stdin.write(b"x", child)):
@@ -220,7 +184,7 @@ async def test_a_write_that_nobody_reads_is_broken() -> None:
 
 async def test_the_exit_breaks_a_write_that_waits() -> None:
     theirs, ours = os.pipe()  # theirs stays open, as in a background job
-    stdin, child = Input(ours), running()
+    stdin, child = Input(ours), running_child()
     write = await pending(stdin.write(bytes(2 * LARGEST_READ), child))
     child._end(0)
     stdin.release()
@@ -252,159 +216,27 @@ def test_pipes_of_a_child_that_did_not_start_and_of_a_given_size() -> None:
     Pipes(size=1 << 40).failed()  # larger than possible: not an error, the default is used
 
 
-def fill(fd: int) -> int:
-    """Write until the pipe is full; return the number of bytes."""
-    os.set_blocking(fd, False)
-    total = 0
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            total += os.write(fd, bytes(PIPE))
-    return total
-
-
-@pytest.mark.parametrize(
-    ("size", "taken", "room"),
-    [
-        (0, LARGEST_READ, LARGEST_READ),
-        (0, 2 * PIPE, 2 * PIPE),
-        (0, PIPE // 2, PIPE),
-        (2 * PIPE, LARGEST_READ, 2 * PIPE),
-    ],
-    ids=["all there is", "twice as much", "Kata's size", "a given size"],
-)
-async def test_a_pipe_holds_what_its_reader_takes_at_once_and_never_more(size: int, taken: int, room: int) -> None:
-    pipes = Pipes(size)
-    writer = os.dup(pipes.child_ends.stdout)
-    streams, child = pipes.started(), running()
-    assert fill(writer) == (size or PIPE)  # nobody has read anything yet
-    total = 0
-    for _ in range(40):
-        total += len(await streams.stdout.read(taken, child))
-        fill(writer)
-        assert waiting(streams.stdout._fd) <= room
-    assert waiting(streams.stdout._fd) == fcntl.fcntl(writer, 1032) == room
-    assert fcntl.fcntl(streams.stderr._fd, 1032) == (size or PIPE)
-    child._end(0)  # while a job holds the pipe
-    assert len(await all_of(streams.stdout, child)) == room
-    streams.close()
-    os.close(writer)
-
-
-async def test_a_pipe_that_is_never_half_full_stays_as_it_is() -> None:
-    pipes = Pipes()
-    writer = os.dup(pipes.child_ends.stdout)
-    streams, child = pipes.started(), running()
-    for _ in range(10):
-        os.write(writer, bytes(PIPE // 2 - 1))
-        await streams.stdout.read(LARGEST_READ, child)
-    assert fcntl.fcntl(writer, 1032) == PIPE
-    streams.close()
-    os.close(writer)
-
-
-async def test_a_stream_that_flows_is_read_when_more_has_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("caisson.agent.model.stdio.GATHER", 0.3)
-
-    ours, theirs = os.pipe()
-    output, child = Output(ours), running()
-    page = bytes(PAGE)
-    os.write(theirs, page)
-    assert await output.read(LARGEST_READ, child) == page  # the first one does not wait for more
-    for _ in range(2):
-        read = await pending(output.read(LARGEST_READ, child))
-        for _ in range(3):
-            os.write(theirs, page)
-            for _ in range(5):
-                await asyncio.sleep(0)
-        assert await read == 3 * page
-    read = await pending(output.read(LARGEST_READ, child))
-    os.write(theirs, page)
-    for _ in range(5):
-        await asyncio.sleep(0)
-    read.cancel()  # while it collects
-    await asyncio.wait([read])
-    os.write(theirs, page)
-    child._end(0)
-    assert await all_of(output, child) == 2 * page
-    os.close(theirs)
-
-
-async def test_a_terminal_that_flows_is_read_in_more_than_the_kernels_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("caisson.agent.model.stdio.GATHER", 0.3)
-    master, slave = os.openpty()
-    tty.setraw(slave)
-    streams, child = Streams.of_terminal(master), running()
-    os.write(slave, b"a" * 10)
-    assert await streams.stdout.read(LARGEST_READ, child) == b"a" * 10  # somebody is typing
-    os.write(slave, bytes(3000))
-    read = await pending(streams.stdout.read(9000, child))
-    for _ in range(2):
-        os.write(slave, bytes(3000))
-    assert len(await read) == 9000
-    os.write(slave, bytes(2000))
-    read = await pending(streams.stdout.read(9000, child))
-    read.cancel()  # while it collects
-    await asyncio.wait([read])
-    os.close(slave)
-    child._end(0)
-    assert len(await all_of(streams.stdout, child)) == 2000
-    streams.close()
-
-
-async def test_a_stream_of_small_pieces_waits_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("caisson.agent.model.stdio.GATHER", 3600)
-
-    ours, theirs = os.pipe()
-    output, child = Output(ours), running()
-    for _ in range(3):
-        read = await pending(output.read(LARGEST_READ, child))
-        os.write(theirs, bytes(PAGE - 1))
-        assert len(await read) == PAGE - 1
-    os.close(theirs)
-    assert await all_of(output, child) == b""
-
-
-async def test_a_kernel_that_grants_no_larger_pipe_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def refuse(pipe: int, size: int) -> bool:
-        asked.append(size)
-        return False
-
-    monkeypatch.setattr("caisson.agent.model.stdio.resize_pipe", refuse)
-
-    pipes = Pipes()
-    writer = os.dup(pipes.child_ends.stdout)
-    streams, child = pipes.started(), running()
-    for _ in range(3):
-        fill(writer)
-        assert len(await streams.stdout.read(LARGEST_READ, child)) == PIPE
-    assert asked == [LARGEST_READ]
-    streams.close()
-    os.close(writer)
-
-
 async def test_ends_that_were_read_are_given_back_before_anybody_asks() -> None:
     pipes = Pipes()
-    streams, child = pipes.started(), running()
+    streams, child = pipes.started(), running_child()
     child._end(0)
     streams.exited()
-    assert await all_of(streams.stdout, child) == b""
-    assert await all_of(streams.stderr, child) == b""
+    assert await read_all(streams.stdout, child) == b""
+    assert await read_all(streams.stderr, child) == b""
     assert [end._fd for end in (streams.stdin, streams.stdout, streams.stderr)] == [-1] * 3
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["closed", "held by a job"])
 async def test_a_terminals_output_is_complete_before_its_end(held: bool) -> None:
     master, slave = os.openpty()
-    streams, child = Streams.of_terminal(master), running()
+    streams, child = Streams.of_terminal(master), running_child()
     assert streams.stdout is streams.stderr
     os.write(slave, b"x" * 3000 + b"\n")
     if not held:
         os.close(slave)
     child._end(0)
     streams.exited()
-    assert await all_of(streams.stdout, child) == b"x" * 3000 + b"\r\n"
+    assert await read_all(streams.stdout, child) == b"x" * 3000 + b"\r\n"
     if held:
         os.close(slave)
     streams.close()
@@ -412,7 +244,7 @@ async def test_a_terminals_output_is_complete_before_its_end(held: bool) -> None
 
 async def test_a_terminal_that_is_found_closed_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     master, slave = os.openpty()
-    streams, child = Streams.of_terminal(master), running()
+    streams, child = Streams.of_terminal(master), running_child()
     os.write(slave, b"late")
     os.close(slave)
     child._end(0)
@@ -424,7 +256,7 @@ async def test_a_terminal_that_is_found_closed_is_looked_at_again(monkeypatch: p
         return real(fd, size)
 
     monkeypatch.setattr(os, "read", read)
-    assert await all_of(streams.stdout, child) == b"late"
+    assert await read_all(streams.stdout, child) == b"late"
     streams.close()
 
 

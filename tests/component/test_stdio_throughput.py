@@ -1,0 +1,155 @@
+"""Test how streams that flow are read in large pieces: from larger pipes, and when more has gathered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import tty
+from collections.abc import Iterator
+
+import pytest
+
+from caisson.agent.model.stdio import LARGEST_READ, PAGE, Output, Pipes, Streams
+from tests.component.stream_support import bytes_in, no_descriptor_is_left, pending, read_all, running_child
+
+PIPE = 65536
+
+
+@pytest.fixture(autouse=True)
+def descriptors() -> Iterator[None]:
+    with no_descriptor_is_left():
+        yield
+
+
+def fill(fd: int) -> int:
+    """Write until the pipe is full; return the number of bytes."""
+    os.set_blocking(fd, False)
+    total = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            total += os.write(fd, bytes(PIPE))
+    return total
+
+
+@pytest.mark.parametrize(
+    ("size", "taken", "room"),
+    [
+        (0, LARGEST_READ, LARGEST_READ),
+        (0, 2 * PIPE, 2 * PIPE),
+        (0, PIPE // 2, PIPE),
+        (2 * PIPE, LARGEST_READ, 2 * PIPE),
+    ],
+    ids=["all there is", "twice as much", "Kata's size", "a given size"],
+)
+async def test_a_pipe_holds_what_its_reader_takes_at_once_and_never_more(size: int, taken: int, room: int) -> None:
+    pipes = Pipes(size)
+    writer = os.dup(pipes.child_ends.stdout)
+    streams, child = pipes.started(), running_child()
+    assert fill(writer) == (size or PIPE)  # nobody has read anything yet
+    total = 0
+    for _ in range(40):
+        total += len(await streams.stdout.read(taken, child))
+        fill(writer)
+        assert bytes_in(streams.stdout._fd) <= room
+    assert bytes_in(streams.stdout._fd) == fcntl.fcntl(writer, 1032) == room
+    assert fcntl.fcntl(streams.stderr._fd, 1032) == (size or PIPE)
+    child._end(0)  # while a job holds the pipe
+    assert len(await read_all(streams.stdout, child)) == room
+    streams.close()
+    os.close(writer)
+
+
+async def test_a_pipe_that_is_never_half_full_stays_as_it_is() -> None:
+    pipes = Pipes()
+    writer = os.dup(pipes.child_ends.stdout)
+    streams, child = pipes.started(), running_child()
+    for _ in range(10):
+        os.write(writer, bytes(PIPE // 2 - 1))
+        await streams.stdout.read(LARGEST_READ, child)
+    assert fcntl.fcntl(writer, 1032) == PIPE
+    streams.close()
+    os.close(writer)
+
+
+async def test_a_stream_that_flows_is_read_when_more_has_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caisson.agent.model.stdio.GATHER", 0.3)
+
+    ours, theirs = os.pipe()
+    output, child = Output(ours), running_child()
+    page = bytes(PAGE)
+    os.write(theirs, page)
+    assert await output.read(LARGEST_READ, child) == page  # the first one does not wait for more
+    for _ in range(2):
+        read = await pending(output.read(LARGEST_READ, child))
+        for _ in range(3):
+            os.write(theirs, page)
+            for _ in range(5):
+                await asyncio.sleep(0)
+        assert await read == 3 * page
+    read = await pending(output.read(LARGEST_READ, child))
+    os.write(theirs, page)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    read.cancel()  # while it collects
+    await asyncio.wait([read])
+    os.write(theirs, page)
+    child._end(0)
+    assert await read_all(output, child) == 2 * page
+    os.close(theirs)
+
+
+async def test_a_terminal_that_flows_is_read_in_more_than_the_kernels_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caisson.agent.model.stdio.GATHER", 0.3)
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    streams, child = Streams.of_terminal(master), running_child()
+    os.write(slave, b"a" * 10)
+    assert await streams.stdout.read(LARGEST_READ, child) == b"a" * 10  # somebody is typing
+    os.write(slave, bytes(3000))
+    read = await pending(streams.stdout.read(9000, child))
+    for _ in range(2):
+        os.write(slave, bytes(3000))
+    assert len(await read) == 9000
+    os.write(slave, bytes(2000))
+    read = await pending(streams.stdout.read(9000, child))
+    read.cancel()  # while it collects
+    await asyncio.wait([read])
+    os.close(slave)
+    child._end(0)
+    assert len(await read_all(streams.stdout, child)) == 2000
+    streams.close()
+
+
+async def test_a_stream_of_small_pieces_waits_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caisson.agent.model.stdio.GATHER", 3600)
+
+    ours, theirs = os.pipe()
+    output, child = Output(ours), running_child()
+    for _ in range(3):
+        read = await pending(output.read(LARGEST_READ, child))
+        os.write(theirs, bytes(PAGE - 1))
+        assert len(await read) == PAGE - 1
+    os.close(theirs)
+    assert await read_all(output, child) == b""
+
+
+async def test_a_kernel_that_grants_no_larger_pipe_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(pipe: int, size: int) -> bool:
+        asked.append(size)
+        return False
+
+    monkeypatch.setattr("caisson.agent.model.stdio.resize_pipe", refuse)
+
+    pipes = Pipes()
+    writer = os.dup(pipes.child_ends.stdout)
+    streams, child = pipes.started(), running_child()
+    for _ in range(3):
+        fill(writer)
+        assert len(await streams.stdout.read(LARGEST_READ, child)) == PIPE
+    assert asked == [LARGEST_READ]
+    streams.close()
+    os.close(writer)
