@@ -18,7 +18,7 @@ WRONG_USAGE = 2
 
 #: Exit status of exec, run and shell when the program could not be run at all, and of cp and share when there is no
 #: such container to enter; 126, 127 and 128+n are those of a shell.
-NOT_RUN = 125
+NOT_EXECUTED_STATUS = 125
 
 MEMORY_UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
 TIME_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -260,12 +260,12 @@ class Command(Record):
     @property
     def usage_status(self) -> int:
         """The exit status of a usage error."""
-        return NOT_RUN if self.runs_program else WRONG_USAGE
+        return NOT_EXECUTED_STATUS if self.runs_program else WRONG_USAGE
 
     @property
     def error_status(self) -> int:
         """The exit status of a later error."""
-        return NOT_RUN if self.runs_program else 1
+        return NOT_EXECUTED_STATUS if self.runs_program else 1
 
     def parameters(self) -> Iterator[Option | Positional]:
         yield from self.positionals

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from caisson.agent.base.lazyimport import load_deferred
 from caisson.commands import streams
 from caisson.commands.catalogue import GROUPS
-from caisson.commands.declare import NOT_RUN, Command, Group
+from caisson.commands.declare import NOT_EXECUTED_STATUS, Command, Group
 from caisson.commands.parse import CommandLineError, HelpWanted, find_command, parse
 from caisson.commands.renamed import OLD_COMMANDS
 from caisson.commands.usage import help_of, overview
@@ -148,7 +148,7 @@ def _report(error: Exception, command: Command) -> int:
         return status
     names = _names(error)
     if command.enters_container and NO_CONTAINER in names:
-        return NOT_RUN
+        return NOT_EXECUTED_STATUS
     return command.usage_status if names & set(USAGE_ERRORS) else command.error_status
 
 

@@ -82,7 +82,7 @@ class Pods:
         self._supervisor = supervisor
 
     @classmethod
-    def configured(cls, path: str, body: str, supervisor: SupervisorProcess | None = None) -> Pods:
+    def from_config(cls, path: str, body: str, supervisor: SupervisorProcess | None = None) -> Pods:
         """Return machines configured by a runtime's options: by a file, or by its text."""
         if path:
             return cls(configuration=Path(path), supervisor=supervisor)

@@ -61,7 +61,7 @@ class PodVMs:
 
         if options is None:
             return Pods(supervisor=self._supervisor)
-        return Pods.configured(options.path, options.body, self._supervisor)
+        return Pods.from_config(options.path, options.body, self._supervisor)
 
     def takes_roots(self) -> bool:
         from caisson.agent.pods.machines import MachineError

@@ -38,13 +38,13 @@ class GuestService:
     types: ClassVar[ModuleType]
 
     #: Whether addresses and routes that are not given are removed from an interface and the main table.
-    ONLY_WHAT_IS_GIVEN: ClassVar[bool]
+    REMOVE_UNLISTED: ClassVar[bool]
 
     #: Whether a neighbour entry replaces an existing one.
     REPLACE_NEIGHBOURS: ClassVar[bool]
 
     #: The field of an interface that says where it is attached.
-    PLACE_OF_INTERFACE: ClassVar[str]
+    INTERFACE_PATH_FIELD: ClassVar[str]
 
     #: Destinations of default routes in responses, by IP version.
     DEFAULT_ROUTES: ClassVar[dict[int, str]]
@@ -74,8 +74,8 @@ class GuestService:
         interface = Interface(
             name=wanted.name, mac=wanted.hwAddr, mtu=wanted.mtu, addresses=addresses, flags=wanted.raw_flags
         )
-        plugged = bool(getattr(wanted, self.PLACE_OF_INTERFACE))
-        await self._network.update_interface(interface, plugged=plugged, only=self.ONLY_WHAT_IS_GIVEN)
+        plugged = bool(getattr(wanted, self.INTERFACE_PATH_FIELD))
+        await self._network.update_interface(interface, plugged=plugged, only=self.REMOVE_UNLISTED)
         return wanted
 
     async def ListInterfaces(self, request: kata1.ListInterfacesRequest | kata3.ListInterfacesRequest) -> Any:

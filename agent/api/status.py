@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 #: The guest has run out of a resource: neither a bug nor the request's fault.  A cgroup's ENOSPC and EAGAIN mean
 #: something else.
-USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-SCARCE = (*USED_UP, errno.ENOSPC, errno.EAGAIN)
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+RESOURCE_ERRORS = (*EXHAUSTED, errno.ENOSPC, errno.EAGAIN)
 
 
 class StatusError(Exception):
@@ -41,9 +41,9 @@ def status_from(table: Table, error: Exception) -> Status | None:
     if isinstance(error, StatusError):
         return error.code, str(error)
     cause = error.__cause__ if isinstance(error, CgroupError) else None
-    if isinstance(cause, OSError) and cause.errno in USED_UP:
+    if isinstance(cause, OSError) and cause.errno in EXHAUSTED:
         return StatusCode.RESOURCE_EXHAUSTED, f"the guest has no more of it: {error}"
-    if isinstance(error, OSError) and error.errno in SCARCE:
+    if isinstance(error, OSError) and error.errno in RESOURCE_ERRORS:
         where = f": {error.filename}" if error.filename else ""
         return StatusCode.RESOURCE_EXHAUSTED, f"the guest has no more of it: {os.strerror(error.errno)}{where}"
     for kind in type(error).__mro__:

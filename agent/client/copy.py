@@ -127,7 +127,7 @@ async def put(container: Container, source: str, path: str, progress: Progress |
     directory = stat.S_ISDIR(state.st_mode)
     if _wants_directory(source) and not directory:
         raise CopyError(f"{source}: Not a directory")
-    if (kind := _uncopied(state.st_mode)) is not None:
+    if (kind := _uncopyable_type(state.st_mode)) is not None:
         raise CopyError(f"{source}: a {kind} cannot be copied")
     name = origin.name if origin.name not in ("", "..") else origin.resolve().name or "root"
     kind = "contents" if _wants_contents(source) else "directory" if directory else "file"
@@ -136,7 +136,7 @@ async def put(container: Container, source: str, path: str, progress: Progress |
         read_end, write_end = _pipe()
         packing = asyncio.create_task(asyncio.to_thread(_pack, write_end, origin.resolve() if directory else origin))
         feeding = asyncio.create_task(_feed(process, read_end, progress or Progress()))
-        async with _ending(feeding, packing):
+        async with _ensure_ended(feeding, packing):
             complaints = await _read_errors(process)
             await feeding
             try:
@@ -172,7 +172,7 @@ async def get(container: Container, path: str, target: str, progress: Progress |
         read_end, write_end = _pipe()
         unpacking = asyncio.create_task(asyncio.to_thread(_unpack, read_end, directory, old, new))
         draining = asyncio.create_task(_drain(process, write_end, progress or Progress()))
-        async with _ending(draining, unpacking):
+        async with _ensure_ended(draining, unpacking):
             complaints = await _read_errors(process)
             await draining
             try:
@@ -193,7 +193,7 @@ async def get(container: Container, path: str, target: str, progress: Progress |
 async def _script(container: Container, script: str, words: list[str]) -> AsyncIterator[Process]:
     """Run a script in the container for the duration of a block; on failure it is killed with all its children."""
     process = container.process(uuid.uuid4().hex)
-    argv = ["sh", "-c", script, "sh", *map(_escaped, words), process.exec_id]
+    argv = ["sh", "-c", script, "sh", *map(_escape, words), process.exec_id]
     try:
         await container.exec(argv, env=[PATH, "LC_ALL=C"], exec_id=process.exec_id)
         yield process
@@ -208,13 +208,13 @@ async def _script(container: Container, script: str, words: list[str]) -> AsyncI
         raise
 
 
-def _escaped(word: str) -> str:
+def _escape(word: str) -> str:
     """Return a name for printf(1)'s %b, whatever bytes are in it."""
     return re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"\\0%03o" % found[0][0], os.fsencode(word)).decode()
 
 
 @asynccontextmanager
-async def _ending(moving: asyncio.Task[None], working: asyncio.Task[list[str]]) -> AsyncIterator[None]:
+async def _ensure_ended(moving: asyncio.Task[None], working: asyncio.Task[list[str]]) -> AsyncIterator[None]:
     """Ensure that both have ended: when ``moving`` ends, it closes the pipe that ``working``'s thread uses."""
     try:
         yield
@@ -267,7 +267,7 @@ async def _drain(process: Process, target: int, progress: Progress) -> None:
         os.close(target)
 
 
-def _uncopied(mode: int) -> str | None:
+def _uncopyable_type(mode: int) -> str | None:
     """Return the type of a file that cannot be copied."""
     if stat.S_ISSOCK(mode):
         return "socket"
@@ -288,7 +288,7 @@ def _pack(target: int, source: Path) -> list[str]:
             while ways:
                 path, name = ways.pop()
                 mode = path.lstat().st_mode
-                if kind := _uncopied(mode):
+                if kind := _uncopyable_type(mode):
                     left_out.append(f"{path}: a {kind}")
                     continue
                 _add(archive, path, name)

@@ -67,7 +67,7 @@ async def execute_in_guest(
         container = await guest.agent.create_container(container_id, document, [root])
         try:
             await container.start()
-            return await _attached(container, terminal, 0)
+            return await _attach(container, terminal, 0)
         finally:
             with contextlib.suppress(AgentError):
                 await container.remove()
@@ -106,7 +106,7 @@ async def run_image(
             if detach:
                 running = True
                 return None
-            status = await _attached(container, terminal, timeout)
+            status = await _attach(container, terminal, timeout)
             if status == KILLED and await _out_of_memory(agent, container_id):
                 limit = ((document["linux"].get("resources") or {}).get("memory") or {}).get("limit", 0)
                 report(
@@ -119,7 +119,7 @@ async def run_image(
                     await container.remove()
 
 
-async def _attached(container: Container, terminal: bool, timeout: float) -> int:
+async def _attach(container: Container, terminal: bool, timeout: float) -> int:
     process = container.init(terminal=terminal)
     timer = asyncio.create_task(_stop_after(process, timeout)) if timeout else None
     try:

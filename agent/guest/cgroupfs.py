@@ -34,7 +34,7 @@ MAX_WATCHES = 1 << 40
 FLAGS = MS_NOSUID | MS_NODEV | MS_NOEXEC
 
 #: Controllers that conventionally share a hierarchy.
-TOGETHER = (("cpu", "cpuacct"), ("net_cls", "net_prio"))
+CO_MOUNTED = (("cpu", "cpuacct"), ("net_cls", "net_prio"))
 
 
 def mount_v2() -> None:
@@ -111,7 +111,7 @@ def hierarchies(lines: Iterable[str]) -> list[tuple[str, ...]]:
     """Read the controllers of /proc/cgroups that are enabled, in the groups that they are mounted in."""
     rows = [line.split() for line in lines if not line.startswith("#")]
     there = [row[0] for row in rows if len(row) == 4 and row[3] == "1"]
-    groups = [group for group in TOGETHER if set(group) <= set(there)]
+    groups = [group for group in CO_MOUNTED if set(group) <= set(there)]
     taken = {name for group in groups for name in group}
     return [*groups, *((name,) for name in there if name not in taken)]
 

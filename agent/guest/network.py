@@ -126,7 +126,7 @@ class Network:
         async with self._lock:
             if plugged:
                 await self._wait_for(wanted.mac)
-            elif not await asyncio.to_thread(_present, wanted.mac):
+            elif not await asyncio.to_thread(_is_present, wanted.mac):
                 await asyncio.to_thread(_find_interfaces)  # other hosts retry the call
             await asyncio.to_thread(_update_interface, wanted, only)
 
@@ -134,7 +134,7 @@ class Network:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._hotplug_seconds
         await asyncio.to_thread(_find_interfaces)
-        while not await asyncio.to_thread(_present, mac):
+        while not await asyncio.to_thread(_is_present, mac):
             if loop.time() >= deadline:
                 raise DeviceTimeout(device=mac, seconds=self._hotplug_seconds)
             await asyncio.sleep(0.05)
@@ -185,7 +185,7 @@ def _mac_of(link: Message) -> str:
     return link.attributes.get(rt.IFLA_ADDRESS, b"").hex(":")
 
 
-def _present(mac: str) -> bool:
+def _is_present(mac: str) -> bool:
     with Rtnetlink() as netlink:
         return any(_mac_of(link) == mac.lower() for link in netlink.dump(rt.GETLINK))
 
@@ -199,17 +199,17 @@ def _update_interface(wanted: Interface, only: bool) -> None:
         index = link.fixed[2]
 
         def change(what: str, attributes: dict[int, bytes], flags: int = 0, mask: int = 0) -> None:
-            with _attempting(what):
+            with _explain_errors(what):
                 netlink.change(rt.NEWLINK, rt.LINK.pack(0, 0, index, flags, mask), attributes)
 
         change(f"Could not bring down interface {wanted.name}", {}, 0, IFF_UP)
         try:
-            with _attempting(f"Could not remove the addresses of {wanted.name}"):
+            with _explain_errors(f"Could not remove the addresses of {wanted.name}"):
                 for message in netlink.dump(rt.GETADDR):
                     if only and message.fixed[4] == index:
                         netlink.change(rt.DELADDR, rt.ADDRESS.pack(*message.fixed), message.attributes)
             for address, prefix in addresses:
-                with _attempting(f"Could not add {address}/{prefix} to interface {wanted.name}"):
+                with _explain_errors(f"Could not add {address}/{prefix} to interface {wanted.name}"):
                     family, flags = FAMILIES[address.version], IFA_F_NODAD if address.version == 6 else 0
                     value = {
                         rt.IFA_LOCAL: address.packed,
@@ -284,12 +284,12 @@ def _update_routes(wanted: Sequence[Route], only: bool) -> None:
         undo: list[tuple[int, _RouteRequest, int]] = []
         try:
             for request in old:
-                with _attempting(f"Could not delete {request.what}"):
+                with _explain_errors(f"Could not delete {request.what}"):
                     netlink.change(rt.DELROUTE, request.fixed, request.attributes)
                 undo.append((rt.NEWROUTE, request, rt.CREATE))
             for request in requests:
-                with _attempting(f"Could not add/replace {request.what}"):
-                    if _put(netlink, request):
+                with _explain_errors(f"Could not add/replace {request.what}"):
+                    if _add_or_replace_route(netlink, request):
                         undo.append((rt.DELROUTE, request, 0))
         except SystemCallFailed:
             for kind, request, flags in reversed(undo):
@@ -300,7 +300,7 @@ def _update_routes(wanted: Sequence[Route], only: bool) -> None:
             raise
 
 
-def _put(netlink: Rtnetlink, request: _RouteRequest) -> bool:
+def _add_or_replace_route(netlink: Rtnetlink, request: _RouteRequest) -> bool:
     """Add a route, replacing one to the same destination.  Returns whether there was none."""
     try:
         netlink.change(rt.NEWROUTE, request.fixed, request.attributes, rt.CREATE | rt.EXCL)
@@ -359,7 +359,7 @@ def _add_neighbours(neighbours: Sequence[Neighbour], flag: int) -> None:
             if one.device not in indexes:
                 raise DeviceNotFound(device=one.device)
             address = _ip_address(one.address)
-            with _attempting(f"Could not add ARP neighbor {one.address} on {one.device}"):
+            with _explain_errors(f"Could not add ARP neighbor {one.address} on {one.device}"):
                 mac = _mac(one.mac)
                 state, flags = (one.state or NUD_PERMANENT) & 0xFFFF, one.flags & 0xFF
                 fixed = rt.NEIGHBOUR.pack(FAMILIES[address.version], indexes[one.device], state, flags, 0)
@@ -368,7 +368,7 @@ def _add_neighbours(neighbours: Sequence[Neighbour], flag: int) -> None:
 
 
 @contextmanager
-def _attempting(what: str) -> Iterator[None]:
+def _explain_errors(what: str) -> Iterator[None]:
     """Turn the kernel's error into SystemCallFailed, naming the attempted change."""
     try:
         yield

@@ -212,7 +212,7 @@ class Container:
                 file.write(filter)
         launched = await launcher.create(
             spec,
-            launch.but(announced=lambda pid: container._announced(pid, launch.announced)),
+            launch.but(announced=lambda pid: container._save_pid(pid, launch.announced)),
             bundle=bundle,
             rootfs=rootfs,
             join=join,
@@ -224,7 +224,7 @@ class Container:
         )
         return container, launched
 
-    def _announced(self, pid: int, also: Callable[[int], object] | None) -> None:
+    def _save_pid(self, pid: int, also: Callable[[int], object] | None) -> None:
         """Save the pid while nsexec continues: whoever removes this container must find it."""
         found = ProcessStat.read(pid)
         self.state = self.state.but(init_process_pid=pid, init_process_start=0 if found is None else found.start_time)
@@ -344,7 +344,7 @@ class Container:
         if self.status not in (RUNNING, CREATED):
             raise ContainerError("container not running")
         faults.reach("pause_freeze")
-        await self._needed_cgroup().freeze()
+        await self._require_cgroup().freeze()
         faults.reach("pause_frozen")
 
     async def resume(self) -> None:
@@ -352,7 +352,7 @@ class Container:
         if self.status != PAUSED:
             raise ContainerError("container not paused")
         faults.reach("resume_thaw")
-        await self._needed_cgroup().thaw()
+        await self._require_cgroup().thaw()
         faults.reach("resume_thawed")
 
     async def update(self, changes: Mapping[str, object]) -> None:
@@ -364,7 +364,7 @@ class Container:
             raise ContainerError("container not running")
         from caisson.agent.libcontainer.config.resources import Resources, merge
 
-        cgroup = self._needed_cgroup()
+        cgroup = self._require_cgroup()
         old = Resources.from_json(self.state.resources)
         changed = Resources.from_json(changes)
         cgroup.known_devices(old.devices)
@@ -375,7 +375,7 @@ class Container:
         self.state = self.state.but(resources=merged)
         self._save()
 
-    def _needed_cgroup(self) -> Cgroup:
+    def _require_cgroup(self) -> Cgroup:
         if self.cgroup is None:
             raise ContainerError("container has no cgroup")
         return self.cgroup

@@ -60,9 +60,9 @@ def _run(call: Call, container: Container, process: Process, config: Identity | 
             launched = run(container.exec(process, launch))
         io.launched(launched)
         if config is not None:
-            from caisson.agent.runtime.prepared import keep_exec
+            from caisson.agent.runtime.prepared import write_front_exec
 
-            keep_exec(container, process, config)
+            write_front_exec(container, process, config)
         return 0 if detach else io.follow(launched.child.pid)
 
 

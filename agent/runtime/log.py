@@ -63,7 +63,7 @@ class Log:
             from json import dumps
 
             return dumps({"level": level, "msg": message, "time": now}, separators=(",", ":"))
-        return f"time={quoted(now)} level={level} msg={quoted(message)}"
+        return f"time={quote(now)} level={level} msg={quote(message)}"
 
 
 def _write(fd: int, line: str) -> None:
@@ -76,7 +76,7 @@ def _write(fd: int, line: str) -> None:
             _write(2, f"Failed to write to log, {(error.strerror or '').lower()}\n")
 
 
-def quoted(text: str) -> str:
+def quote(text: str) -> str:
     """Quote a value as logrus's text format does, unless it is a plain word."""
     if text and PLAIN.issuperset(text):
         return text

@@ -106,9 +106,9 @@ class Call:
 
 def _saved(container: Container) -> None:
     """Write the files that the front needs for a container."""
-    from caisson.agent.runtime.prepared import keep_state
+    from caisson.agent.runtime.prepared import write_front_state
 
-    keep_state(container)
+    write_front_state(container)
 
 
 def waits() -> Any:
@@ -210,7 +210,7 @@ def _dispatch(prog: str, settings: Values, rest: list[str], log: Log) -> int:
         _print_usage("Incorrect Usage.", _command_help(prog, verb))
         log.error(problem)
         return 1
-    return _carry_out(Call(prog, verb, options, operands, settings, log))
+    return _run_command(Call(prog, verb, options, operands, settings, log))
 
 
 def _no_help(word: str, log: Log) -> int:
@@ -218,7 +218,7 @@ def _no_help(word: str, log: Log) -> int:
     return 3
 
 
-def _carry_out(call: Call) -> int:
+def _run_command(call: Call) -> int:
     verb = call.verb
     try:
         if call.systemd and verb.name in ("create", "run", "exec", "update"):

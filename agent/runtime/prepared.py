@@ -37,7 +37,7 @@ def identity(path: str) -> Identity:
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
-def keep_state(container: Container) -> None:
+def write_front_state(container: Container) -> None:
     """Write front.state after state.json; without it the interpreter does everything."""
     if container.state.systemd or container.spec.linux.intel_rdt is not None:  # handled only in Python
         return
@@ -65,7 +65,7 @@ def encode_state(container: Container) -> bytes:
     return STATE_MAGIC + pack("=5Q Q6I", *identity(f"{container.directory}/{STATE}"), *numbers) + b"".join(parts)
 
 
-def keep_exec(container: Container, process: Process, config: Identity) -> None:
+def write_front_exec(container: Container, process: Process, config: Identity) -> None:
     """Write exec.plan for a process of the bundle, unless another command holds the container's lock."""
     seccomp = container.spec.linux.seccomp
     if process.user.username or process.terminal or (seccomp is not None and seccomp.listener_path):

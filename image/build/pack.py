@@ -35,7 +35,7 @@ VERITY = ("CONFIG_DM_VERITY", "CONFIG_DM_INIT", "CONFIG_CRYPTO_SHA256")
 INITRD_ROOT = "rootfstype=ramfs"
 
 #: Number of largest files to name when a limit is exceeded.
-CULPRITS = 10
+MAX_LARGEST_FILES = 10
 
 
 class TooLarge(ImageError):
@@ -136,7 +136,7 @@ def _check_limit(definition: Definition, name: str, size: int, tree: Tree | None
     limit = definition.limits.bytes_of(name)
     if limit is None or size <= limit:
         return
-    largest = heapq.nlargest(CULPRITS, ((node.length, path) for path, node in tree.files()) if tree else ())
+    largest = heapq.nlargest(MAX_LARGEST_FILES, ((node.length, path) for path, node in tree.files()) if tree else ())
     lines = [f"\n  {bytes / 1e6:7.2f} MB  {text(path)}" for bytes, path in largest]
     raise TooLarge(
         f"limits.{name} is {getattr(definition.limits, name)}, but the {name} has {size / 1e6:.2f} MB"

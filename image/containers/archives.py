@@ -174,7 +174,7 @@ def _normal(name: str) -> str:
     return "/".join(parts)
 
 
-def plain(path: Path, target: Path, budget: Budget) -> Path:
+def ensure_uncompressed(path: Path, target: Path, budget: Budget) -> Path:
     """Return an uncompressed file: this one, or its contents written to ``target``.  Raises Malformed."""
     with path.open("rb") as source:
         if not compression(source):

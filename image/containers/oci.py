@@ -24,7 +24,16 @@ from typing import Any
 
 from caisson.image.build.cache import Cache, default_root, digest_of, size_limit
 from caisson.image.containers import documents, store
-from caisson.image.containers.archives import Archive, Budget, Directory, Whole, check, plain, sha256_of, unpack
+from caisson.image.containers.archives import (
+    Archive,
+    Budget,
+    Directory,
+    Whole,
+    check,
+    ensure_uncompressed,
+    sha256_of,
+    unpack,
+)
 from caisson.image.containers.documents import Config, ContainerImage, ImageFiles, Layer
 from caisson.image.containers.layers import LayerMerger
 from caisson.image.errors import ImageError
@@ -118,7 +127,7 @@ class _Packer:
         self._progress = _Progress(source, report)
 
     def pack(self) -> Packed:
-        place = self._located()
+        place = self._find_image()
         if isinstance(place, store.Stored):
             return Packed(place.disk, place.id, Config(**place.config))
         if not place.is_dir():
@@ -136,11 +145,11 @@ class _Packer:
             raise ImageError(f"{place}: not an image; expected {kinds} (which has one of {', '.join(ROOT_MARKS)})")
         return Packed(self._packed_directory(place), "", Config())
 
-    def _located(self) -> Path | store.Stored:
+    def _find_image(self) -> Path | store.Stored:
         """Find the image that a source names: by its transport, as a path, PATH:TAG, or a name."""
         source = self._source
         if source.startswith(("docker://", "docker:/")):
-            return self._pulled(re.sub("^docker:/+", "", source))
+            return self._pull(re.sub("^docker:/+", "", source))
         kind, colon, rest = source.partition(":")
         if colon and kind in TRANSPORTS and not Path(source).exists():
             source = rest
@@ -155,9 +164,9 @@ class _Packer:
             return stored
         if source.startswith(("/", "./", "../")) or not store.NAME.fullmatch(source) or kind in TRANSPORTS:
             raise ImageError(f"{source}: no such image; name a file, a directory, or a stored image")
-        return self._pulled(source)
+        return self._pull(source)
 
-    def _pulled(self, name: str) -> Path:
+    def _pull(self, name: str) -> Path:
         if which("skopeo") is None:
             raise ImageError(f"{name}: no file or stored image of this name; to pull it: sudo apt-get install skopeo")
         self._report(f"pulling {name}")
@@ -168,7 +177,7 @@ class _Packer:
         return layout
 
     def _archive(self, path: Path) -> Packed:
-        archive = plain(path, self._scratch / "archive", Budget(self._max_size, self._progress.advance))
+        archive = ensure_uncompressed(path, self._scratch / "archive", Budget(self._max_size, self._progress.advance))
         with Archive.of(archive, str(path)) as files:
             if files.has("oci-layout"):
                 return self._finish(files, documents.read_layout(files, self._architecture, self._tag))
@@ -202,7 +211,7 @@ class _Packer:
         made = self._cache.get_or_make(STEP, key, lambda target: self._make(files, image, target))
         stem = Path(files.shown).name.partition(".")[0]
         names = [name if "/" in name or ":" in name else f"{stem}:{name}" for name in image.names] or [stem]
-        store.remember(self._cache, key, map(store.qualified, names))
+        store.remember(self._cache, key, map(store.with_tag, names))
         self._cache.trim(size_limit())
         return Packed(made / "disk", key, image.config)
 

@@ -49,7 +49,7 @@ def describe(target: Path, config: Config) -> None:
     (target / "image.json").write_text(json.dumps(asdict(config)))
 
 
-def qualified(name: str) -> str:
+def with_tag(name: str) -> str:
     """Return a name with its tag, "latest" by default."""
     return name if ":" in name.rpartition("/")[2] or "@" in name else f"{name}:latest"
 
@@ -92,7 +92,7 @@ def images(cache: Cache) -> list[Stored]:
 def find(cache: Cache, name: str) -> Stored | None:
     """Find an image by name, with or without tag, or by the first digits of its id."""
     stored = images(cache)
-    wanted = qualified(name)
+    wanted = with_tag(name)
     found = next((one for one in stored if wanted in one.names), None)
     if found is None and len(name) >= MIN_ID:
         matching = [one for one in stored if one.id.startswith(name)]
@@ -110,7 +110,7 @@ def remove(cache: Cache, name: str) -> int:
     stored = find(cache, name)
     if stored is None:
         raise ImageError(f"{name}: no stored image of this name; list them: caisson images")
-    wanted = qualified(name)
+    wanted = with_tag(name)
     forgotten = [wanted] if wanted in stored.names else stored.names
     for one in forgotten:
         (cache.root / NAMES / _file_name(one)).unlink(missing_ok=True)

@@ -123,7 +123,7 @@ class Unsatisfied(ImageError):
         super().__init__("the kernel lacks what the fragments ask for:\n" + "\n".join(lines))
         self.lacking = list(lacking)
 
-    def explained(self, why: Callable[[Request], str]) -> Unsatisfied:
+    def with_reasons(self, why: Callable[[Request], str]) -> Unsatisfied:
         """Add the reasons of who knows the kernel's own rules."""
         return Unsatisfied([(request, f"{what}, {why(request)}") for request, what in self.lacking])
 

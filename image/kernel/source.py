@@ -211,9 +211,9 @@ def configure(tree: Path, build: Path, arch: str, requests: Sequence[fragments.R
         try:
             from caisson.image.kernel.kconfig import Explainer
         except ModuleNotFoundError:  # an install without the extra "build"
-            raise error.explained(lambda _: "and why, this says after: pip install 'caisson-vm[build]'") from None
+            raise error.with_reasons(lambda _: "and why, this says after: pip install 'caisson-vm[build]'") from None
         explainer = Explainer(tree, ARCHITECTURES[arch][0], release, config)
-        raise error.explained(lambda one: explainer.why(one.symbol, one.value)) from None
+        raise error.with_reasons(lambda one: explainer.why(one.symbol, one.value)) from None
 
 
 def _make(tree: Path, build: Path, arch: str, *words: str, jobs: int = 1, log: Path | None = None) -> None:

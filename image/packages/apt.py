@@ -157,12 +157,12 @@ class Apt:
 
     def resolve(self, packages: Iterable[str]) -> list[tuple[str, str]]:
         """Resolve packages to these and all they depend on, as (file name in the pool, URI), sorted."""
-        return _printed(self._apt("apt-get", "install", "--print-uris", "--yes", "-qq", *packages))
+        return _parse_uris(self._apt("apt-get", "install", "--print-uris", "--yes", "-qq", *packages))
 
     def fetch(self, packages: Iterable[str]) -> list[Package]:
         """Download exactly these packages (verified by apt against the signed index), or take them from before."""
         output = self._apt("apt-get", "download", "--print-uris", "-qq", *packages)
-        files = {unquote(name).split("_")[0]: name for name, _ in _printed(output)}
+        files = {unquote(name).split("_")[0]: name for name, _ in _parse_uris(output)}
         missing = [package for package, name in files.items() if not (self.directory / "debs" / name).exists()]
         if missing:
             self._apt("apt-get", "download", "-qq", *missing, cwd=self.directory / "debs")
@@ -192,7 +192,7 @@ class Apt:
         return run(argv, cwd=cwd, env={"APT_CONFIG": str(self.directory / "apt.conf")})
 
 
-def _printed(output: bytes) -> list[tuple[str, str]]:
+def _parse_uris(output: bytes) -> list[tuple[str, str]]:
     """Parse the output of --print-uris into (file name, URI), sorted."""
     found = re.findall(r"^'([^']+)' (\S+) \d+(?: \S*)?$", output.decode(), re.MULTILINE)
     return sorted((name, uri) for uri, name in found)

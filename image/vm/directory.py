@@ -55,7 +55,7 @@ NEW_LOCK = ".lock-"
 
 
 @contextlib.contextmanager
-def _alone(root: Path) -> Iterator[int]:
+def _exclusive(root: Path) -> Iterator[int]:
     """Create and remove directories of VMs exclusively, across all processes; yields the run root's descriptor.
 
     So a directory without a held lock, seen in here, is stale: its creator is no longer running.
@@ -104,7 +104,7 @@ class VMDirectory:
 
         Raises VMError if a VM of this name is running, or the directory is not ours.
         """
-        with _alone(self.path.parent) as root:
+        with _exclusive(self.path.parent) as root:
             self.refuse_running()
             self._remove(root)
             try:
@@ -145,7 +145,7 @@ class VMDirectory:
 
     def remove(self) -> None:
         """Remove it with its contents; the caller holds its lock.  Raises VMError if it is not ours."""
-        with _alone(self.path.parent) as root:
+        with _exclusive(self.path.parent) as root:
             self._remove(root)
 
     def _remove(self, root: int) -> None:

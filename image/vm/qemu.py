@@ -17,12 +17,12 @@ from caisson.image.vm.errors import VMError
 from caisson.image.vm.network import Publish
 
 #: QEMU before it does not tell vhost-user devices to enable their rings, and lacks options used here.
-OLDEST = (7, 2)
+MIN_VERSION = (7, 2)
 
 #: QEMU before it may run stale code when one virtual CPU rewrites what another is about to run: of kernels that switch
 #: static keys, one boot in a hundred panics with "int3".  One thread for all CPUs never does.  (Fixed by QEMU's commit
 #: deba78709a; seen here, and described in https://github.com/multipath-tcp/mptcp_net-next/issues/471.)
-PARALLEL = (8, 1)
+MTTCG_VERSION = (8, 1)
 
 #: Kernel parameters for emulation.  Timers tick late there, so checking them fails or takes long; and patching every
 #: LOCK prefix out of a kernel on one CPU costs more than it saves.  Together some 0.3 s of a boot; `tsc=reliable`, a
@@ -117,7 +117,7 @@ class Devices:
     @property
     def vsock_chardev(self) -> str:
         """Return the chardev of the vhost-user device."""
-        where = f"path={_escaped(self.vsock_path)}" if self.vsock_path else f"fd={self.vsock_fd}"
+        where = f"path={_escape(self.vsock_path)}" if self.vsock_path else f"fd={self.vsock_fd}"
         return f"socket,id=vsock,{where}"
 
     @property
@@ -197,10 +197,10 @@ def probe(architecture: Architecture) -> QemuProgram:
     answer = _version(program, Path(program).stat().st_mtime_ns)
     found = re.search(r"version (\d+)\.(\d+)", answer)
     if not found:
-        raise VMError(f"{program}: prints no version; install QEMU {OLDEST[0]}.{OLDEST[1]} or newer")
+        raise VMError(f"{program}: prints no version; install QEMU {MIN_VERSION[0]}.{MIN_VERSION[1]} or newer")
     version = int(found[1]), int(found[2])
-    if version < OLDEST:
-        raise VMError(f"{program}: is {found[0]}; install QEMU {OLDEST[0]}.{OLDEST[1]} or newer")
+    if version < MIN_VERSION:
+        raise VMError(f"{program}: is {found[0]}; install QEMU {MIN_VERSION[0]}.{MIN_VERSION[1]} or newer")
     return QemuProgram(program, version, answer.partition("version ")[2].splitlines()[0].strip())
 
 
@@ -224,7 +224,7 @@ def parameters(
 
 def acceleration(accelerator: str, cpus: int, version: tuple[int, int]) -> str:
     """Return the value of -accel."""
-    if accelerator == "tcg" and cpus > 1 and version < PARALLEL:
+    if accelerator == "tcg" and cpus > 1 and version < MTTCG_VERSION:
         return "tcg,thread=single"
     return accelerator
 
@@ -255,7 +255,7 @@ def root(image: Path, manifest: Mapping[str, Any]) -> list[str]:
     if manifest["root"]["format"] == "initrd":
         return ["-initrd", str(file)]
     return [
-        "-drive", f"if=none,id=root,format=raw,readonly=on,file={_escaped(file)}",
+        "-drive", f"if=none,id=root,format=raw,readonly=on,file={_escape(file)}",
         "-device", "virtio-blk-pci,drive=root",
     ]  # fmt: skip
 
@@ -280,9 +280,9 @@ def command(
         "-kernel", str(image / manifest["kernel"]["file"]),
         *root(image, manifest),
         "-append", parameters(manifest, architecture, wanted.accelerator, program.version, wanted.append),
-        "-chardev", f"file,id=console,path={_escaped(devices.console)}",
+        "-chardev", f"file,id=console,path={_escape(devices.console)}",
         "-serial", "chardev:console",
-        "-qmp", f"unix:{_escaped(devices.qmp)},server=on,wait=off",
+        "-qmp", f"unix:{_escape(devices.qmp)},server=on,wait=off",
         "-device", "virtio-rng-pci",
         "-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on",
     ]  # fmt: skip
@@ -290,7 +290,7 @@ def command(
         words += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1},addr={slot}"]
     if devices.firmware and architecture.uname == "x86_64":
         words += [
-            "-chardev", f"file,id=firmware,path={_escaped(devices.firmware)}",
+            "-chardev", f"file,id=firmware,path={_escape(devices.firmware)}",
             "-device", "isa-debugcon,iobase=0x402,chardev=firmware",
         ]  # fmt: skip
     if wanted.network == "user":
@@ -298,7 +298,7 @@ def command(
     for tag, share in wanted.shares.items():
         mode = "off" if share.writable else "on"
         words += [
-            "-fsdev", f"local,id={tag},path={_escaped(share.path)},security_model=none,multidevs=remap,readonly={mode}",
+            "-fsdev", f"local,id={tag},path={_escape(share.path)},security_model=none,multidevs=remap,readonly={mode}",
             "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}",
         ]  # fmt: skip
     if devices.ram:
@@ -324,7 +324,7 @@ def _snapshot(architecture: Architecture, devices: Devices, wanted: MachineSpec)
     share = "off" if devices.clone and not vhost_user else "on"
     words = [
         "-object",
-        f"memory-backend-file,id=ram,size={wanted.memory}M,mem-path={_escaped(devices.ram)},share={share}",
+        f"memory-backend-file,id=ram,size={wanted.memory}M,mem-path={_escape(devices.ram)},share={share}",
     ]
     if architecture.uname == "x86_64":
         words += ["-device", "vmgenid,guid=auto"]
@@ -343,6 +343,6 @@ def vsock_plug(kind: str) -> list[tuple[str, dict[str, Any]]]:
     return [("device_add", {"driver": "vhost-user-vsock-pci", "id": "vsock", "chardev": "vsock", "bus": "vsockport"})]
 
 
-def _escaped(path: Path) -> str:
+def _escape(path: Path) -> str:
     """Escape a path for a comma-separated option."""
     return str(path).replace(",", ",,")

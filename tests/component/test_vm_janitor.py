@@ -117,7 +117,7 @@ def test_directories_are_made_and_removed_one_at_a_time(run: Path) -> None:
     """A VM being created looks stale for a moment: cleaning up waits until that is over."""
     program = (
         "import sys; from pathlib import Path; from caisson.image.vm import directory\n"
-        "with directory._alone(Path(sys.argv[1])):\n"
+        "with directory._exclusive(Path(sys.argv[1])):\n"
         "    print('in', flush=True); sys.stdin.read()"
     )
     VMDirectory.of("stale").create().close()

@@ -10,7 +10,7 @@ from caisson.agent.base.errors import InvalidArgument, Unsupported
 from caisson.agent.base.mountinfo import mount_points
 from caisson.agent.guest.metrics import Metrics, meminfo_item
 from caisson.agent.guest.storage import Storage, mounts, overlay
-from caisson.agent.guest.storage.storages import _grouped
+from caisson.agent.guest.storage.storages import _group_layers
 
 UPPER = Storage("erofs.multi-layer", "01", "ext4", "/root", ("X-kata.multi-layer=true", "noatime"))
 LOWER = Storage("erofs.multi-layer", "02", "erofs", "/root", ("X-kata.overlay-lower", "X-kata.partition-number=2"))
@@ -78,8 +78,8 @@ def test_layers_that_are_to_be_verified_are_refused() -> None:
 def test_layers_of_one_root_are_one_group() -> None:
     other = Storage("local", "local", "local", "/d")
     marked = Storage("blk", "01", "ext4", "/root", ("X-kata.multi-layer=true",))
-    assert _grouped([other, UPPER, LOWER, other]) == [[other], [UPPER, LOWER], [other]]
-    assert _grouped([marked, LOWER]) == [[marked, LOWER]]
+    assert _group_layers([other, UPPER, LOWER, other]) == [[other], [UPPER, LOWER], [other]]
+    assert _group_layers([marked, LOWER]) == [[marked, LOWER]]
 
 
 def test_a_partition_is_found_by_its_number(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from caisson.agent.runtime.events import duration
 from caisson.agent.runtime.inspect import table
 from caisson.agent.runtime.lifecycle import signal_number
 from caisson.agent.runtime.limits import size
-from caisson.agent.runtime.log import quoted
+from caisson.agent.runtime.log import quote
 from caisson.agent.runtime.options import OptionError, parse
 from caisson.agent.runtime.verbs import VERBS
 
@@ -84,9 +84,9 @@ def test_what_is_not_json_is_refused(text: str) -> None:
 
 
 def test_log_values_are_quoted_where_they_are_not_one_word() -> None:
-    assert quoted("plain-word") == "plain-word"
-    assert quoted('say "x"\n') == '"say \\"x\\"\\n"'
-    assert quoted("\x1b[2J") == '"\\x1b[2J"'
+    assert quote("plain-word") == "plain-word"
+    assert quote('say "x"\n') == '"say \\"x\\"\\n"'
+    assert quote("\x1b[2J") == '"\\x1b[2J"'
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,7 @@ def test_install_shim_finds_out_before_it_builds_that_its_configuration_cannot_b
 def test_a_configuration_that_is_wrong_is_refused_by_its_setting(tmp_path: Path, text: str, why: str) -> None:
     file = tmp_path / "shim.toml"
     file.write_text(text)
-    for configured in (pods.Pods(configuration=file), pods.Pods.configured("", text)):
+    for configured in (pods.Pods(configuration=file), pods.Pods.from_config("", text)):
         with pytest.raises(MachineError, match=re.escape(why)):
             configured.start("pod", memory=64, cpus=1)
 

@@ -28,9 +28,9 @@ class GuestService(Common):
 
     messages: ClassVar[ModuleType] = agent_pb2
     types: ClassVar[ModuleType] = types_pb2
-    ONLY_WHAT_IS_GIVEN = True
+    REMOVE_UNLISTED = True
     REPLACE_NEIGHBOURS = False
-    PLACE_OF_INTERFACE = "pciPath"
+    INTERFACE_PATH_FIELD = "pciPath"
     DEFAULT_ROUTES: ClassVar[dict[int, str]] = {4: "", 6: ""}
 
     def __init__(

@@ -32,9 +32,9 @@ class GuestService(Common):
 
     messages: ClassVar[ModuleType] = agent_pb2
     types: ClassVar[ModuleType] = types_pb2
-    ONLY_WHAT_IS_GIVEN = False
+    REMOVE_UNLISTED = False
     REPLACE_NEIGHBOURS = True
-    PLACE_OF_INTERFACE = "devicePath"
+    INTERFACE_PATH_FIELD = "devicePath"
     DEFAULT_ROUTES: ClassVar[dict[int, str]] = {4: "0.0.0.0", 6: "::"}
 
     def __init__(
@@ -70,7 +70,7 @@ class GuestService(Common):
             )
             for one in request.routes.Routes
         ]
-        await self._network.update_routes(wanted, only=self.ONLY_WHAT_IS_GIVEN)
+        await self._network.update_routes(wanted, only=self.REMOVE_UNLISTED)
         answer: agent_pb2.Routes = await self.ListRoutes(agent_pb2.ListRoutesRequest())
         return answer
 

@@ -25,7 +25,7 @@ BUNDLES = "/run/kata-containers"
 
 CREATE_DIRECTORY = "io.katacontainers.volume.overlayfs.create_directory"
 WRITABLE = "io.katacontainers.fs-opt.overlay-rw"
-OF_THE_AGENT = ("io.katacontainers.", "X-kata.")
+AGENT_OPTION_PREFIXES = ("io.katacontainers.", "X-kata.")
 
 UPPER, LOWER = "X-kata.overlay-upper", "X-kata.overlay-lower"
 MAKE_DIRECTORY = "X-kata.mkdir.path"
@@ -33,7 +33,7 @@ PARTITION = "X-kata.partition-number"
 VERITY = "X-kata.dmverity"
 
 
-def prepared(storage: Storage, container_id: str) -> Storage:
+def prepare(storage: Storage, container_id: str) -> Storage:
     """Create the directories that an overlay needs; returns the storage to mount.
 
     Raises InvalidArgument or SystemCallFailed.
@@ -119,4 +119,4 @@ def _is(storage: Storage, mark: str, fstype: str) -> bool:
 
 
 def _plain(options: Sequence[str]) -> tuple[str, ...]:
-    return tuple(option for option in options if not option.startswith(OF_THE_AGENT))
+    return tuple(option for option in options if not option.startswith(AGENT_OPTION_PREFIXES))

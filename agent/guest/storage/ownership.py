@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from caisson.agent.guest.storage.storages import FsGroup
 
 READ_WRITE, READ_ONLY = 0o660, 0o440
-OF_DIRECTORIES = 0o110 | stat.S_ISGID
+DIRECTORY_BITS = 0o110 | stat.S_ISGID
 
 #: Maximum nesting of directories; a deeper path cannot be used anyway (PATH_MAX).
 MAX_DEPTH = 400
@@ -34,7 +34,7 @@ def give_to_group(path: str, group: FsGroup, *, read_only: bool) -> None:
         root = open_point(path, 0o755, directory=os.path.isdir(path))  # noqa: PTH112 - no pathlib at start
         try:
             status = os.fstat(root)
-            wanted = mode | OF_DIRECTORIES
+            wanted = mode | DIRECTORY_BITS
             if group.only_on_mismatch and status.st_gid == group.gid and status.st_mode & wanted == wanted:
                 return
             _change(root, group.gid, mode, MAX_DEPTH)
@@ -61,6 +61,6 @@ def _change(fd: int, gid: int, mode: int, depth: int) -> None:
                 _change(inner, gid, mode, depth - 1)
             finally:
                 os.close(inner)
-        mode |= OF_DIRECTORIES
+        mode |= DIRECTORY_BITS
     os.chown(place, -1, gid)
     os.chmod(place, stat.S_IMODE(status.st_mode) | mode)  # noqa: PTH101

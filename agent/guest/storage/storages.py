@@ -47,7 +47,7 @@ MODULES: dict[str, tuple[str, ...]] = {
 DRIVERS = tuple(MODULES)
 
 #: Drivers of storages that live until the sandbox ends: a restarted container finds its files again.
-LASTING = ("ephemeral", "local")
+SANDBOX_SCOPED = ("ephemeral", "local")
 
 #: The tag of a Kata host's share; an image, or a hypervisor's service, may already have mounted it.
 SHARED_DIRECTORY = "kataShared"
@@ -116,7 +116,7 @@ class Storages:
             self._check(storage)
         done: list[str] = []
         try:
-            for group in _grouped(storages):
+            for group in _group_layers(storages):
                 await self._use(group, container_id)
                 done.append(group[0].mount_point)
         except BaseException:
@@ -146,7 +146,7 @@ class Storages:
                         del self._points[first.mount_point]
                         raise
                 point.users += 1
-                if (first.shared or first.driver in LASTING) and not point.lasting:
+                if (first.shared or first.driver in SANDBOX_SCOPED) and not point.lasting:
                     point.lasting = True
                     point.users += 1  # the sandbox itself
                 return
@@ -159,7 +159,7 @@ class Storages:
             await self._make_layers(group, point, container_id)
         elif storage.fstype == "bind" and storage.driver != "watchable-bind":
             await self._mount(point, storage)
-        elif storage.driver in LASTING:
+        elif storage.driver in SANDBOX_SCOPED:
             await self._make_lasting(point, storage)
         elif storage.driver == "watchable-bind":
             from caisson.agent.guest.storage.watchable import Watched
@@ -167,11 +167,11 @@ class Storages:
             point.watched = Watched(storage.source, storage.mount_point, self._log)
             await point.watched.start()
         elif storage.driver == "overlayfs":
-            from caisson.agent.guest.storage.overlay import BUNDLES, WRITABLE, prepared
+            from caisson.agent.guest.storage.overlay import BUNDLES, WRITABLE, prepare
 
             if WRITABLE in storage.options:
                 point.directories += [f"{BUNDLES}/{container_id}/{name}" for name in ("upper", "work")]
-            await self._mount(point, await asyncio.to_thread(prepared, storage, container_id))
+            await self._mount(point, await asyncio.to_thread(prepare, storage, container_id))
         elif storage.driver not in SHARES:
             await self._mount(point, storage.but(source=await self._source(storage)))
         elif storage.source != SHARED_DIRECTORY or storage.mount_point.rstrip("/") not in mount_points("/run"):
@@ -292,7 +292,7 @@ class Storages:
                 await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
 
-def _grouped(storages: Sequence[Storage]) -> list[list[Storage]]:
+def _group_layers(storages: Sequence[Storage]) -> list[list[Storage]]:
     """Group the layers of one root, at the position of the first of them; all others stay separate."""
     groups: list[list[Storage]] = []
     layers: list[Storage] = []

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 #: Maximum entries of one list: each is a program rule or a write to a file, while other calls wait.
-MOST = 1024
+MAX_ENTRIES = 1024
 LEAF_WEIGHTS = "leaf weights went with the CFQ scheduler in Linux 5.0"
 SIZE_UNITS = ("KB", "MB", "GB")
 
@@ -149,10 +149,10 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> di
 
 
 def _bounded_list(r: Reader, key: str, parse: Callable[[Any, str], T]) -> tuple[T, ...]:
-    """Read a list of at most MOST entries."""
+    """Read a list of at most MAX_ENTRIES entries."""
     found = r.each(key, parse)
-    if len(found) > MOST:
-        raise SpecError(r.name(key), f"has {len(found)} entries, and {MOST} are the most")
+    if len(found) > MAX_ENTRIES:
+        raise SpecError(r.name(key), f"has {len(found)} entries, and {MAX_ENTRIES} are the most")
     return found
 
 

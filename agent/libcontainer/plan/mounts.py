@@ -222,7 +222,7 @@ class FileSystem:
         self._links: list[tuple[str, str]] = []
         self.mounts: list[PlannedMount] = []
         for index, mount in enumerate(spec.mounts):
-            planned = self._labelled(self._id_mapped(plan_mount(mount, f"mounts[{index}]")))
+            planned = self._with_label(self._with_id_maps(plan_mount(mount, f"mounts[{index}]")))
             if rootfs != "/" and planned.target.startswith(f"{rootfs}/"):
                 planned = planned.but(target=planned.target.removeprefix(rootfs))
             is_cgroup = planned.type in CGROUP_TYPES and not planned.options.bind
@@ -235,7 +235,7 @@ class FileSystem:
             else:
                 self.mounts.append(planned)
 
-    def _id_mapped(self, mount: PlannedMount) -> PlannedMount:
+    def _with_id_maps(self, mount: PlannedMount) -> PlannedMount:
         """Return the mount with the container's own id maps, if it is id-mapped without maps."""
         if not mount.options.idmap or mount.uid_map:
             return mount
@@ -244,7 +244,7 @@ class FileSystem:
         linux = self._spec.linux
         return mount.but(uid_map=wire.map_lines(linux.uid_mappings), gid_map=wire.map_lines(linux.gid_mappings))
 
-    def _labelled(self, mount: PlannedMount) -> PlannedMount:
+    def _with_label(self, mount: PlannedMount) -> PlannedMount:
         """Return the mount with the container's SELinux context, if it is a new file system that supports one."""
         label, options = self._spec.linux.mount_label, mount.options
         if not label or options.bind or options.remount or mount.type in WITHOUT_LABEL:
@@ -374,7 +374,7 @@ def expand_cgroups(
     if not cgroups or set(cgroups) == {""}:
         if namespace:
             return [mount.but(type="cgroup2", source="cgroup2")], []
-        return [_bound(mount, mount.target, cgroups[""])], []
+        return [_bind(mount, mount.target, cgroups[""])], []
     if mount.type == "cgroup2":
         raise SpecError(f"{where}.type", "the cgroups of this machine are of version 1")
     tmpfs = options.but(data=("mode=755", "size=64k"))
@@ -390,20 +390,20 @@ def expand_cgroups(
             data = ("none", name) if name.startswith("name=") else controllers
             mounts.append(one.but(type="cgroup", source="cgroup", options=own.but(data=data)))
         else:
-            mounts.append(_bound(one, one.target, path))
+            mounts.append(_bind(one, one.target, path))
         if len(controllers) > 1:
             links += [(name, f"{mount.target}/{controller}") for controller in controllers]
     return mounts, links
 
 
-def _bound(mount: PlannedMount, target: str, path: str) -> PlannedMount:
+def _bind(mount: PlannedMount, target: str, path: str) -> PlannedMount:
     return mount.but(target=target, type="bind", source=path, options=mount.options.but(bind=True))
 
 
 def _bind_recursive(mount: PlannedMount, path: str) -> PlannedMount:
     """Bind a directory with all mounts in it, each with the same attributes."""
     options = mount.options
-    return _bound(mount, mount.target, path).but(
+    return _bind(mount, mount.target, path).but(
         options=options.but(bind=True, recursive=True, recursive_set=options.set)
     )
 

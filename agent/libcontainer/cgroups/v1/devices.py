@@ -49,9 +49,9 @@ def resolve(rules: Iterable[DeviceRule]) -> DeviceList:
             found[key] = found.get(key, frozenset()) | access
             continue
         for other in list(found):
-            if not found[other] & access or not _meet(key, other):
+            if not found[other] & access or not _overlap(key, other):
                 continue
-            if not _holds(key, other):
+            if not _contains(key, other):
                 words = ("deny", "allow") if default else ("allow", "deny")
                 why = f"cgroup v1 cannot {words[0]} {_device(other)} and {words[1]} {_device(key)} of it"
                 raise SpecError(f"{WHERE}.devices", why)
@@ -61,12 +61,12 @@ def resolve(rules: Iterable[DeviceRule]) -> DeviceList:
     return DeviceList(default, found)
 
 
-def _holds(outer: Key, inner: Key) -> bool:
+def _contains(outer: Key, inner: Key) -> bool:
     """Return whether all devices of `inner` are among those of `outer`."""
     return outer[0] == inner[0] and all(mine in (None, its) for mine, its in zip(outer[1:], inner[1:], strict=True))
 
 
-def _meet(one: Key, other: Key) -> bool:
+def _overlap(one: Key, other: Key) -> bool:
     """Return whether any device matches both."""
     return one[0] == other[0] and all(
         mine is None or its is None or mine == its for mine, its in zip(one[1:], other[1:], strict=True)
