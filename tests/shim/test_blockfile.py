@@ -39,7 +39,7 @@ def containerd(docker: Engine) -> Iterator[Engine]:
     configuration = (docker.place / "shim.toml").read_text()
     (docker.place / "blocks.toml").write_text(f"{configuration}block_roots = true\n")
     yield docker
-    for name in ("c1", "p2", "p1"):  # of failed tests
+    for name in ("c1", *(f"p{number}" for number in range(6, 0, -1))):  # of failed tests
         docker.ctr("tasks", "rm", "--force", name)
         docker.ctr("containers", "rm", name)
     docker.ctr("images", "rm", IMAGE)
@@ -112,6 +112,23 @@ def test_a_disk_ends_with_its_container_while_the_pod_goes_on(containerd: Engine
     assert holders(first) == [] and read(first, "/kept") == "kept\n"
     for name in ("p2", "p1"):
         remove(containerd, name)
+
+
+def test_a_root_for_which_no_port_is_left_is_shared(containerd: Engine) -> None:
+    """Of eight ports, the share takes one, and two stay empty for interfaces and further shares."""
+    names = [f"p{number}" for number in range(1, 7)]
+    found = []
+    for name in names:
+        options = ("--detach", "--annotation", "io.kubernetes.cri.sandbox-id=p1")
+        done = run(containerd, name, "sleep", "1000", options=options, disks=True)
+        assert done.returncode == 0, done.stderr
+        words = ("sh", "-c", "grep ' / ' /proc/mounts | cut -d ' ' -f 3")
+        found.append(containerd.ctr("tasks", "exec", "--exec-id", "e1", name, *words).stdout.strip())
+    assert found == 5 * [b"ext4"] + [b"virtiofs"]
+    for name in reversed(names):
+        end(containerd, name)
+        containerd.ctr("containers", "rm", name)
+    assert containerd.vms() == [] and containerd.mounts() == []
 
 
 def kept(containerd: Engine, name: str) -> bool:
