@@ -114,7 +114,9 @@ class Pods:
     def start(self, name: str, *, memory: int, cpus: int, share: tuple[str, Path] | None = None) -> PodMachine:
         """Start a VM.  Raises MachineError."""
         settings = self._settings()
+        takes_roots = bool(settings.get("block_roots"))
         devices: dict[str, Any] = {key: str(settings.get(key, "auto")) for key in ("accel", "vsock")}
+        devices["writable_disks"] = takes_roots
         if share is not None:
             tag, directory = share
             devices["virtiofs"] = {tag: (str(directory), True)}
@@ -124,7 +126,7 @@ class Pods:
             vm = VM.start(config, ready=ReadinessProbe(), supervisor=supervisor)
         except VMError as error:
             raise MachineError(str(error)) from error
-        return SharedVM(vm, is_clone=config.snapshot is not None, takes_roots=bool(settings.get("block_roots")))
+        return SharedVM(vm, is_clone=config.snapshot is not None, takes_roots=takes_roots)
 
     @property
     def pids(self) -> Sequence[int]:

@@ -58,7 +58,7 @@ class VMConfig:
     With ``firmware`` the firmware tells what it does, in a file of the VM's directory (x86).  ``network`` is ``none``
     or ``user``; ``publish`` are ports of this machine that lead into it (network.py).
     ``on_resume`` is a command that is run, with the agent's socket as its last word, when the host was suspended: then
-    the guest's clock is behind.
+    the guest's clock is behind.  With ``writable_disks``, the guest may write to files of any size that are plugged in.
     """
 
     image: Path
@@ -78,6 +78,7 @@ class VMConfig:
     network: str = "none"
     publish: tuple[Publish, ...] = ()
     on_resume: tuple[str, ...] = ()
+    writable_disks: bool = False
 
     def __post_init__(self) -> None:
         if self.memory < MIN_MEMORY:

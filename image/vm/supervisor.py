@@ -333,7 +333,8 @@ def qemu_confinement(
     writable = [directory.path, *(path for path, writable in shares if writable)]
     # The guest's memory is a file, too.
     size = max(QEMU_FILE_SIZE, max(config["memory"], config["max_memory"]) << 20)
-    return Confinement(frozenset(capabilities), None if len(writable) > 1 else size, writable)
+    any_size = len(writable) > 1 or config["writable_disks"]
+    return Confinement(frozenset(capabilities), None if any_size else size, writable)
 
 
 def send(starter: JSONSocket, message: dict[str, Any]) -> None:

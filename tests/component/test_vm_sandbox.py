@@ -57,6 +57,13 @@ def test_all_processes_of_a_vm_are_confined(vm: Callable[..., VM], tmp_path: Pat
     nothing_left(tmp_path / "r")
 
 
+def test_a_disk_to_write_to_may_be_of_any_size(vm: Callable[..., VM]) -> None:
+    with vm(writable_disks=True) as started:
+        limits = (Path(f"/proc/{pid}/limits").read_text() for pid in (started.info["pids"]["qemu"], "self"))
+        qemu, ours = (re.search(r"^Max file size .*", text, re.MULTILINE) for text in limits)
+        assert qemu is not None and ours is not None and qemu[0] == ours[0]
+
+
 @as_root
 def test_what_root_starts_keeps_no_more_than_it_needs(vm: Callable[..., VM], tmp_path: Path) -> None:
     with vm() as started:
