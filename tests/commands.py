@@ -34,8 +34,8 @@ TO_TEST = (
     DEBIAN_KEYRING, *TO_BUILD, *to_cross_build(FOREIGN), *TO_COMPILE, *QEMU.values(), *TO_PACK,
     *(() if FOREIGN.startswith("x86_64") else ("/usr/aarch64-linux-gnu/lib/libc.a",)),
     *itertools.chain(*TO_UNPACK_KERNEL.values()), "/usr/bin/python3", "apt-ftparchive", "busybox", "clang",
-    "clang-format", "cpio", "crun", "curl", "faketime", "fish", "go", "gpg", "ip", "iptables", "mke2fs", "openssl",
-    "runc", "sfdisk", "veritysetup", "zsh",
+    "clang-format", "cpio", "crun", "curl", "faketime", "fish", "go", "gpg", "ip", "iptables", "mke2fs", "mmdebstrap",
+    "openssl", "runc", "sfdisk", "veritysetup", "zsh",
 )  # fmt: skip
 
 
