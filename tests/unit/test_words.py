@@ -21,7 +21,11 @@ RENAMED: dict[str, dict[str, str]] = {
     "agent.api.caisson": {"Own": "CaissonService"},
     "agent.model.container_mounts": {"InsideMounts": "ContainerMounts"},
     "agent.debug_ports": {"Port": "VsockListener", "Shells": "DebugConsole"},
-    "agent.client.errors": {"Mistake": "UsageError"},
+    "agent.client.errors": {
+        "Mistake": "UsageError", "gone": "connection_error", "refused": "error_from_status",
+        "container_explained": "explain_container_errors",
+    },
+    "agent.client.copy": {"Place": "Location", "places": "parse_locations"},
     "agent.client.registry": {"Known": "Registry", "hold": "lease", "about": "metadata", "abandoned": "orphaned"},
     "agent.client.channel": {"answers": "is_serving", "FirstAnswer": "ReadinessProbe"},
     "agent.client.identity": {"settle": "personalize", "settled": "is_personalized"},
@@ -38,7 +42,11 @@ RENAMED: dict[str, dict[str, str]] = {
     },
     "agent.libcontainer.process.init_process": {"Launch": "InitProcess"},
     "agent.libcontainer.process.launcher": {"theirs": "child_fds"},
-    "agent.model.container": {"_emptied": "_wait_until_empty", "_end_all": "_kill_all"},
+    "agent.model.container": {"_emptied": "_wait_until_empty", "_end_all": "_kill_all", "look": "inspect"},
+    "agent.model.process": {"drops": "kernel_drops"},
+    "agent.guest.modules": {"need": "load_available", "offer_bridges": "load_bridge"},
+    "agent.rpc": {"leave": "drain", "rehearse": "warm_up"},
+    "agent.runtime.verbs": {"carried_out": "handler", "least": "min_operands", "most": "max_operands"},
     "agent.rpc.http2": {
         "Violation": "ProtocolError", "_go_on": "resume_blocked", "_forget": "_close_stream",
     },
@@ -47,7 +55,13 @@ RENAMED: dict[str, dict[str, str]] = {
     "image.parent_death": {"LEASH": "KILL_WITH_PARENT"},
     "image.vm.exit_reason": {"keep": "record", "forget": "clear", "of": "describe"},
     "image.vm.machine": {"lifeline": "exit_fd"},
-    "image.vm.snapshot": {"Bond": "SnapshotCompatibility"},
+    "image.vm.snapshot": {
+        "Bond": "SnapshotCompatibility", "place": "snapshot_directory", "says_ready": "has_printed_ready",
+    },
+    "image.vm.accel": {"here": "current"},
+    "image.vm.qemu": {"Wanted": "MachineSpec"},
+    "image.programs": {"need": "require"},
+    "image.containers.oci": {"packed": "pack_image"},
     "image.vm.supervisor": {"_heed": "_handle_starter", "_evidence": "_diagnostics", "tell": "send"},
     "image.vm.vsock.vhost_user": {
         "line_up": "enqueue_rx", "_give": "process_rx", "_take": "process_tx", "_refuse": "queue_rst",
@@ -56,6 +70,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "image.vm.vsock.vhost_user.ring": {"show": "publish_used", "kept": "unpublished"},
     "image.vm.vsock.vhost_user.connection": {"window": "buf_alloc", "taken": "fwd_cnt"},
     "commands": {
+        "vm_for": "find_or_boot_vm", "end_explained": "explain_exit",
         "_say": "info", "told": "timeline_path", "_clear": "remove_orphaned", "_forget": "release_disk",
         "FAILURES": "EXPECTED_ERRORS", "ON_RESUME": "RESUME_COMMAND",
     },
