@@ -210,24 +210,17 @@ NORETURN static void end(void)
 	__builtin_trap();
 }
 
-NORETURN void fail(int error, const char *step, const char *path, const char *format, ...)
+void report_error(int error, const char *step, const char *path, const char *why)
 {
 	struct text t = {.used = 0};
-	char why[TEXT_MAX] = "";
-	va_list arguments;
 
-	if (format != NULL) {
-		va_start(arguments, format);
-		vsnprintf(why, sizeof(why), format, arguments);
-		va_end(arguments);
-	}
 	log_line("fatal", step, path, error);
 	if (sync_fd < 0) {
 		const char *words = why[0] != '\0' ? why : strerror(error); /* uncapitalised, as in Go */
 
 		dprintf(2, "%s %s: %c%s\n", strcmp(step, "execve") == 0 ? "exec" : step, path, words[0] | 0x20,
 			words + 1);
-		end();
+		return;
 	}
 	put(&t, "{\"type\":\"procError\",\"step\":\"");
 	put_escaped(&t, step);
@@ -242,5 +235,18 @@ NORETURN void fail(int error, const char *step, const char *path, const char *fo
 	}
 	put(&t, "}");
 	send_all(sync_fd, &t);
+}
+
+NORETURN void fail(int error, const char *step, const char *path, const char *format, ...)
+{
+	char why[TEXT_MAX] = "";
+	va_list arguments;
+
+	if (format != NULL) {
+		va_start(arguments, format);
+		vsnprintf(why, sizeof(why), format, arguments);
+		va_end(arguments);
+	}
+	report_error(error, step, path, why);
 	end();
 }

@@ -6,9 +6,8 @@
  *
  * A request is one packet: the environment of the new process, NUL-terminated strings one after another, with its
  * descriptors: stdio, then those whose numbers are in the environment, counted from FIRST_PASSED.  They arrive with
- * these numbers, as no others are open.  The answer goes to the request's init socket, in the form of a stage 1; a
- * request that is not carried out is not answered, and its sockets are closed.  The server exits with the runtime, at
- * EOF.
+ * these numbers, as no others are open.  The answer goes to the request's init socket, in the form of a stage 1, or to
+ * its sync socket, as an error.  The server exits with the runtime, at EOF.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -86,25 +85,27 @@ static void receive_request(void)
 static bool clone_requested(void)
 {
 	int cgroup = descriptor_from("_CAISSON_CGROUP"), init = descriptor_from("_LIBCONTAINER_INITPIPE");
-	int gate[2], pidfd = -1, pid;
+	int gate[2], pidfd = -1, pid = -1, error;
 	char go;
 
-	if (init < 0 || pipe2(gate, O_CLOEXEC) < 0)
+	if (pipe2(gate, O_CLOEXEC) == 0)
+		pid = try_clone_sibling(0, cgroup, &pidfd);
+	if (pid < 0) {
+		error = errno;
+		report_to(descriptor_from("_LIBCONTAINER_SYNCPIPE"), descriptor_from("_LIBCONTAINER_LOGPIPE"), 0);
+		report_error(error, cgroup >= 0 ? "clone into cgroup" : "clone", "", "");
 		return false;
-	pid = try_clone_sibling(0, cgroup, &pidfd);
-	if (pid < 0 && cgroup >= 0) /* let the new process report why: it cannot enter the cgroup either */
-		pid = try_clone_sibling(0, cgroup = -1, &pidfd);
+	}
 	if (pid != 0) {
 		FAULT(server_cloned);
-		if (pid > 0 && send_stage(init, pid, 0, pidfd) == 0)
+		if (send_stage(init, pid, 0, pidfd) == 0)
 			(void)!write(gate[1], "", 1);
 		return false;
 	}
 	close(gate[1]);
 	if (read(gate[0], &go, 1) != 1)
 		_exit(1); /* the server or the runtime has gone */
-	if (cgroup >= 0)
-		unsetenv("_CAISSON_CGROUP");
+	unsetenv("_CAISSON_CGROUP");
 	for (int fd = 0; fd < FIRST_PASSED - FIRST_RECEIVED; fd++)
 		if (dup2(FIRST_RECEIVED + fd, fd) < 0)
 			_exit(1);

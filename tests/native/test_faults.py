@@ -6,6 +6,7 @@ A test build stops at a named point (agent/nsexec/faults.h), and is killed there
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from caisson.agent.client import AgentError
+from caisson.agent.libcontainer.cgroups import CgroupV2
 from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
@@ -243,6 +245,52 @@ def test_exec(fault_box: Box, faulty: FaultyNsexec, by: str, kind: str, kill: bo
     fault_box.run(work())
     assert {"entry", "stage2_cloned", "stage2_entry", "prepared"} <= met
     assert ("server_cloned" in met) == (by == "fork server" and kill)
+
+
+class ChangingCgroup:
+    """A cgroup that no process can enter before `allow`: another one in its parent is threaded (cgroup-v2.rst)."""
+
+    def __init__(self) -> None:
+        hierarchy = CgroupV2.find()
+        assert hierarchy is not None
+        self.parent = Path(tempfile.mkdtemp(prefix="caisson-test-", dir=hierarchy.root))
+        (self.parent / "it").mkdir()
+        (self.parent / "threaded").mkdir()
+        (self.parent / "threaded/cgroup.type").write_text("threaded")
+
+    @contextlib.contextmanager
+    def join_fds(self) -> Iterator[dict[str, int]]:
+        fd = os.open(self.parent / "it", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield {"_CAISSON_CGROUP": fd}
+        finally:
+            os.close(fd)
+
+    def allow(self) -> None:
+        (self.parent / "threaded").rmdir()
+
+    def close(self) -> None:
+        for path in (*self.parent.glob("*/"), self.parent):
+            path.rmdir()
+
+
+async def test_an_exec_that_cannot_enter_its_cgroup_never_runs(fault_box: Box, faulty: FaultyNsexec) -> None:
+    """Not even if a moment later it could, as after a process of a container at its limit has exited."""
+    server = fault_box.launcher.starter.server = ForkServer(faulty, fault_box.reaper)
+    init = await fault_box.running()
+    cgroup = ChangingCgroup()
+    faulty.point = "entry"
+    call = asyncio.ensure_future(fault_box.exec(init, {"args": ["touch", "/tmp/ran"]}, cgroup=cgroup))
+    if await interrupted(call, kill=False):
+        cgroup.allow()
+        for pid in stopped_children(os.getpid()):
+            os.kill(pid, signal.SIGUSR1)
+    with pytest.raises(LaunchError, match="clone into cgroup"):
+        await call
+    server.close()
+    await until(lambda: set(stopped_children(os.getpid())) == set(), "all have exited")
+    cgroup.close()
+    assert not (fault_box.rootfs / "tmp/ran").exists()
 
 
 def test_the_program_that_is_shipped_has_no_such_points(nsexec_path: Path) -> None:
