@@ -110,6 +110,32 @@ async def test_one_server_creates_all(box: Served, cgroup: Cgroup) -> None:
     assert len(list(Path(f"/proc/{pid}/fd").iterdir())) == 4  # /dev/null thrice and the socket: nothing of a request
 
 
+async def test_it_has_the_attributes_of_a_spawned_one(box: Served, cgroup: Cgroup) -> None:
+    """Whatever the runtime's signals were when the server was started."""
+    init = await box.running(cgroup=cgroup)
+    script = (
+        "cd /proc/self; umask; cat limits cgroup oom_score_adj timerslack_ns environ; grep -E 'policy|prio' sched;"
+        " grep -vE '^(Tgid|Pid|PPid|NS|Vm|Rss|SigQ|.*ctxt)' status; set -- $(cat stat); test $5 = $6 && echo a session"
+    )
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN), signal.signal(signal.SIGRTMIN, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    outputs = []
+    try:
+        for server in (box.server, None):
+            box.launcher.starter.server = server
+            with box.stdio() as (stdio, out, _):
+                process = Process(("sh", "-c", script), env=("PATH=/bin",))
+                launched = await box.launch_exec(process, init, Spec.from_json(config()), stdio, cgroup)
+                await launched.child.wait()
+            outputs.append(out.read_text())
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+        signal.signal(signal.SIGUSR1, before[0])
+        signal.signal(signal.SIGRTMIN, before[1])
+    assert outputs[0] == outputs[1]
+    assert "SigBlk:\t0000000000000000\n" in outputs[0]
+
+
 async def test_a_terminal(box: Served) -> None:
     init = await box.running()
     process = Process(("sh", "-c", "test -t 0 && test -t 2"), env=("PATH=/bin",), terminal=True)
