@@ -56,7 +56,7 @@ void report_to_stderr_if_closed(void);
 /* Pass a descriptor with one message over a stream socket.  Return 0, or -1 and errno; the descriptor, or -1. */
 int send_descriptor(int socket, const void *data, size_t size, int fd);
 int receive_descriptor(int socket, void *data, size_t size);
-/* Report {step, path, error} with a reason ("" or NULL: strerror(error) is enough); `fail`: formatted, and exit. */
+/* Report {step, path, error} with a reason ("": strerror(error) is enough); `fail`: formatted, or NULL, and exit. */
 void report_error(int error, const char *step, const char *path, const char *why);
 NORETURN void fail(int error, const char *step, const char *path, const char *format, ...) PRINTF(4, 5);
 #define fail_errno(...) fail(errno, __VA_ARGS__)
