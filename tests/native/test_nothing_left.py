@@ -294,6 +294,9 @@ async def test_nothing_is_left_wherever_nsexec_is_killed(faulty_agent: tuple[Run
                 await made.remove()
 
         async def execute(terminal: bool) -> None:
+            for pid in agent.fork_servers():  # the next one is told where to stop
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda: not agent.fork_servers(), "the fork server is killed")
             process = await container.exec(["/bin/true"], terminal=terminal)
             await output(process)
             await process.wait()
@@ -310,5 +313,6 @@ async def test_nothing_is_left_wherever_nsexec_is_killed(faulty_agent: tuple[Run
             for terminal in (False, True):
                 if await interrupted(execute(terminal), point):
                     met.add(point)
+                await execute(False)
                 await held.are_as_before(f"an exec, on a terminal: {terminal}, at {point}")
         assert met >= set(POINTS) - {"stage1_offsets"}
