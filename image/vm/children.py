@@ -16,6 +16,9 @@ from caisson.image.vm.sandbox import Confinement
 #: Seconds for a process to exit on request; then it is killed, as it has no state to lose.
 TERM_TIMEOUT = 0.6
 
+#: Seconds for QEMU to exit after it has closed the vsock device's socket: it frees the guest's memory in between.
+QEMU_EXIT_TIMEOUT = 20.0
+
 #: Their names in errors.
 TITLES = {"qemu": "QEMU", "vsock": "the vsock device"}
 
@@ -81,7 +84,7 @@ class ChildProcesses:
         names = {self._pidfds[descriptor] for descriptor in ready if descriptor in self._pidfds}
         if not names:
             return None
-        if "vsock" in names and self._processes["vsock"].wait() == 0 and self._ended("qemu"):
+        if "vsock" in names and self._processes["vsock"].wait() == 0 and self._ended("qemu", QEMU_EXIT_TIMEOUT):
             names = {"qemu"}  # the device exits cleanly when QEMU has closed its end
         name = min(names)  # qemu rather than vsock
         status = self._processes[name].wait()
@@ -107,7 +110,7 @@ class ChildProcesses:
         if process.poll() is None:
             if not (ask and ask()):
                 process.terminate()
-            if not self._ended(name):
+            if not self._ended(name, self._grace):
                 process.kill()
         process.wait()
         del self._processes[name]
@@ -115,8 +118,8 @@ class ChildProcesses:
             del self._pidfds[pidfd]
             os.close(pidfd)
 
-    def _ended(self, name: str) -> bool:
+    def _ended(self, name: str, seconds: float) -> bool:
         """Wait for a child; True if it exits in time."""
         mine = [pidfd for pidfd, other in self._pidfds.items() if other == name]
-        ready, _, _ = select.select(mine, [], [], self._grace)
+        ready, _, _ = select.select(mine, [], [], seconds)
         return bool(ready)

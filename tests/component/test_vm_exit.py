@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,12 @@ from caisson.agent.client import AgentGone
 from caisson.agent.client.errors import ContainerUnavailable
 from caisson.commands.machines import explain_exit
 from caisson.image.vm import VM, VMError, exit_reason, find_vm, get_vm, list_vms
+from caisson.image.vm.children import ChildProcesses
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMEnded
+from caisson.image.vm.exit_reason import POWERED_OFF
 from caisson.image.vm.runroot import owned_run_root
+from caisson.image.vm.sandbox import Confinement
 from tests.component.fake_qemu import Images, image_maker, start
 from tests.support.poll import wait_until
 
@@ -123,3 +127,11 @@ def test_an_error_of_a_vm_that_runs_stays_what_it_is(image: Images) -> None:
             with pytest.raises(type(error)) as caught:
                 lost(vm, error, kill=False)
             assert caught.value is error
+
+
+def test_a_vm_exits_with_qemu_however_long_it_takes_after_its_vsock_device(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log, ChildProcesses(log) as children:
+        children.spawn("qemu", ["sleep", "1"], [], Confinement())  # more than a child has to exit on request
+        children.spawn("vsock", ["true"], [], Confinement())
+        ready, _, _ = select.select(children.pidfds, [], [])
+        assert children.exit_reason(ready) == POWERED_OFF
