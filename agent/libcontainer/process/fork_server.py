@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from array import array
 
-from caisson.agent.libcontainer.process import channel
+from caisson.agent.libcontainer.process.channel import kill
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ FIRST_PASSED = 6  # the number of the first descriptor after stdio, in the new p
 
 
 class ForkServer:
-    """The fork server, started with the first request, and again if it has exited."""
+    """Start the fork server with the first request, and again if it has exited."""
 
     def __init__(self, nsexec: Nsexec, children: Children) -> None:
         self._nsexec = nsexec
@@ -72,11 +72,15 @@ class ForkServer:
             self._control = control
         return self._control
 
-    def close(self, *, kill: bool = False) -> None:
-        """Let it exit, once it has carried out all requests, or kill it.  Idempotent."""
+    def close(self) -> None:
+        """Let it exit, once it has carried out all requests.  Idempotent."""
         if self._control is not None:
             self._control.close()
             self._control = None
-            if kill:
-                channel.kill(self._pidfd)
             os.close(self._pidfd)
+
+    def kill(self) -> None:
+        """Kill it; requests under way fail.  Idempotent."""
+        if self._control is not None:
+            kill(self._pidfd)
+            self.close()

@@ -52,7 +52,7 @@ class InitProcess:
         self.channel.spawned(pid, until_end=until_end)
 
     def requested(self, server: ForkServer, *, until_end: bool) -> None:
-        """Follow a process requested from a server: it has no stage 0 of its own."""
+        """Follow a process requested from the fork server: it has no stage 0 of its own."""
         self._server = server
         self.channel.spawned(server.pid, until_end=until_end)
 
@@ -74,7 +74,7 @@ class InitProcess:
         if self.stages or self._server is not None:
             ended = await self.channel.follow(self._waits, lambda: self.channel.ended, CLEANUP_TIMEOUT)
             if not ended and not self.stages and self._server is not None:
-                self._server.close(kill=True)  # it hangs
+                self._server.kill()  # it hangs
         deadline = Deadline(CLEANUP_TIMEOUT)
         children = [*self.stages, *([self.child] if self.child is not None else [])]
         for child, pidfd in zip(children, self.pidfds(), strict=False):

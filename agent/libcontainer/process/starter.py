@@ -112,14 +112,18 @@ class Starter:
         *,
         until_end: bool,
     ) -> bool:
-        """Let the resident server create the process, if there is one and it can."""
+        """Request the process from the fork server, if there is one; returns whether it creates it."""
         # It enters one cgroup, of version 2, and keeps only stdio.
         if self.server is None or launch.preserved or not {"_CAISSON_CGROUP"}.issuperset(launch.cgroup_fds):
             return False
         try:
             self.server.request(_numbers(launch.stdio), fds, settings)
         except OSError as error:
-            self._log("warning", f"nsexec's server: {reason(error.errno or 0)}", container=launch.container_id)
+            self._log(
+                "warning",
+                f"fork server: {reason(error.errno or 0)}; nsexec is spawned instead",
+                container=launch.container_id,
+            )
             return False
         started.requested(self.server, until_end=until_end)
         return True
