@@ -107,16 +107,16 @@ class Pods:
         return settings
 
     @property
-    def takes_roots(self) -> bool:
+    def block_roots(self) -> bool:
         """Whether VMs get root file systems as disks.  Raises MachineError."""
         return bool(self._settings().get("block_roots"))
 
     def start(self, name: str, *, memory: int, cpus: int, share: tuple[str, Path] | None = None) -> PodMachine:
         """Start a VM.  Raises MachineError."""
         settings = self._settings()
-        takes_roots = bool(settings.get("block_roots"))
+        block_roots = bool(settings.get("block_roots"))
         devices: dict[str, Any] = {key: str(settings.get(key, "auto")) for key in ("accel", "vsock")}
-        devices["writable_disks"] = takes_roots
+        devices["writable_disks"] = block_roots
         if share is not None:
             tag, directory = share
             devices["virtiofs"] = {tag: (str(directory), True)}
@@ -126,7 +126,7 @@ class Pods:
             vm = VM.start(config, ready=ReadinessProbe(), supervisor=supervisor)
         except VMError as error:
             raise MachineError(str(error)) from error
-        return SharedVM(vm, is_clone=config.snapshot is not None, takes_roots=takes_roots)
+        return SharedVM(vm, is_clone=config.snapshot is not None, block_roots=block_roots)
 
     @property
     def pids(self) -> Sequence[int]:
@@ -157,10 +157,10 @@ class Pods:
 class SharedVM:
     """One VM, as the shim uses it."""
 
-    def __init__(self, vm: VM, *, is_clone: bool, takes_roots: bool) -> None:
+    def __init__(self, vm: VM, *, is_clone: bool, block_roots: bool) -> None:
         self._vm = vm
         self.is_clone = is_clone
-        self.takes_roots = takes_roots
+        self.block_roots = block_roots
 
     @property
     def agent_socket(self) -> Path:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         def machines(self, options: RuntimeOptions | None) -> Machines:
             """Return the source of VMs configured by the runtime's options."""
 
-        def takes_roots(self) -> bool:
+        def block_roots(self) -> bool:
             """Return whether VMs get root file systems as disks, unless a runtime's options differ."""
 
 
@@ -63,12 +63,12 @@ class PodVMs:
             return Pods(supervisor=self._supervisor)
         return Pods.from_config(options.path, options.body, self._supervisor)
 
-    def takes_roots(self) -> bool:
+    def block_roots(self) -> bool:
         from caisson.agent.pods.machines import MachineError
         from caisson.commands import pods
 
         try:
-            return pods.Pods(configuration=pods.CONFIGURATION).takes_roots
+            return pods.Pods(configuration=pods.CONFIGURATION).block_roots
         except MachineError:  # `start` will report it
             return False
 
@@ -128,7 +128,7 @@ def _print_info(source: MachineSource) -> None:
 
     info = types_pb2.RuntimeInfo(name="io.containerd.caisson.v2")
     info.version.version = VERSION
-    if source.takes_roots():
+    if source.block_roots():
         info.annotations[ALLOW_MOUNTS] = IMAGE_MOUNTS
     info.features.type_url = FEATURES_URL
     info.features.value = json.dumps(document_of_guest()).encode()

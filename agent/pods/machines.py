@@ -26,7 +26,7 @@ class PodMachine(Protocol):
         """Whether it has a snapshot's clock and random numbers."""
 
     @property
-    def takes_roots(self) -> bool:
+    def block_roots(self) -> bool:
         """Whether root file systems in files are to be plugged in as disks: an option."""
 
     def add_disk(self, file: Path, name: str, *, writable: bool, following: int) -> str:

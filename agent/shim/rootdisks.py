@@ -37,10 +37,10 @@ LAYERS_DRIVER = "erofs.multi-layer"
 UPPER, LOWER = "X-kata.overlay-upper", "X-kata.overlay-lower"
 
 #: Options of mount(8) and of containerd about the loop device that a host would need.
-OF_LOOP_DEVICES = ("loop", "direct-io")
+LOOP_OPTIONS = ("loop", "direct-io")
 
 #: Options that name further devices, or have the host verify the file: no guest could mount it alone.
-OF_OTHERS = ("device=", "X-containerd.")
+HOST_OPTIONS = ("device=", "X-containerd.")
 
 LOOP_DEVICES = Path("/sys/block")
 
@@ -80,7 +80,7 @@ class RootDisks:
         Raises MachineError; nothing is plugged in then.
         """
         try:
-            if not self._machine.takes_roots:
+            if not self._machine.block_roots:
                 return []
             disks = root_disks(mounts)
             return [self._plug(disk, len(disks) - 1 - number) for number, disk in enumerate(disks)]
@@ -134,7 +134,7 @@ def root_disks(mounts: Sequence[RootfsMount]) -> list[RootDisk]:
 
 def _is_image(mount: RootfsMount) -> bool:
     """Return whether a mount is of an image file alone: none whose parts are in others, or are verified by the host."""
-    if mount.type not in GUEST_FSTYPES or any(option.startswith(OF_OTHERS) for option in mount.options):
+    if mount.type not in GUEST_FSTYPES or any(option.startswith(HOST_OPTIONS) for option in mount.options):
         return False
     try:
         return "loop" in mount.options and stat.S_ISREG(os.lstat(mount.source).st_mode)
@@ -153,7 +153,7 @@ def _is_overlay(mounts: Sequence[RootfsMount]) -> bool:
 
 
 def _disk(mount: RootfsMount) -> RootDisk:
-    options = tuple(option for option in mount.options if not option.startswith(OF_LOOP_DEVICES))
+    options = tuple(option for option in mount.options if not option.startswith(LOOP_OPTIONS))
     return RootDisk(Path(mount.source), mount.type, options, "ro" not in options)
 
 

@@ -63,7 +63,7 @@ class NativeMachine:
         subprocess.run(["nsenter", f"--mount=/proc/{self.pid}/ns/mnt", "sh", "-c", script], check=True)
 
     @property
-    def takes_roots(self) -> bool:
+    def block_roots(self) -> bool:
         return DISKS in os.environ
 
     def add_disk(self, file: Path, name: str, *, writable: bool, following: int) -> str:
