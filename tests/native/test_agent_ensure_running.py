@@ -89,7 +89,8 @@ def test_an_exec_makes_two_calls_before_the_program_runs(agent: RunningAgent, tm
     assert execute(machine, "default", ["/bin/true"]) == 0
     before = len(methods(agent))
     assert execute(machine, "default", ["/bin/true"]) == 0
-    assert methods(agent)[before] == "ExecProcess" and "EnsureRunning" not in methods(agent)[before:]
+    later = [name for name in methods(agent)[before:] if name != "CloseStdin"]  # the first exec's may still arrive
+    assert later[0] == "ExecProcess" and "EnsureRunning" not in later
 
 
 def test_an_exec_makes_no_container_but_the_default_one(agent: RunningAgent, tmp_path: Path) -> None:
