@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from functools import wraps
 
 #: Bytes copied at once.
 BLOCK = 1 << 16
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-    from typing import Any, TypeVar
+    from collections.abc import Callable, Coroutine
+    from typing import Any, ParamSpec, TypeVar
 
     T = TypeVar("T")
+    P = ParamSpec("P")
     Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -24,6 +26,16 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.ensure_future(work)
     task.add_done_callback(_retrieve_exception)
     return await asyncio.shield(task)
+
+
+def runs_to_completion(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Decorate a coroutine function so that its calls run to completion, as by `run_to_completion`."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
+        return run_to_completion(function(*args, **kwargs))
+
+    return call
 
 
 def _retrieve_exception(task: asyncio.Future[Any]) -> None:

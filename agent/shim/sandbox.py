@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from caisson.agent.base.aio import runs_to_completion
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.shim.bundle import CONTAINER_TYPE, TaskBundle
 from caisson.agent.shim.errors import ShimError, not_found
@@ -50,6 +51,7 @@ class SandboxService:
             raise not_found(f"sandbox {request.sandbox_id}")
         return self._bundle
 
+    @runs_to_completion
     async def StartSandbox(self, request: Any) -> Any:
         bundle = self._known(request)
         if self._created_at:
@@ -67,6 +69,7 @@ class SandboxService:
         response.platform.architecture = {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
         return response
 
+    @runs_to_completion
     async def StopSandbox(self, request: Any) -> Any:
         if self._bundle is not None:
             await self._task.close()

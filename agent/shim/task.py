@@ -14,6 +14,7 @@ from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 
+from caisson.agent.base.aio import runs_to_completion
 from caisson.agent.pods.guest import CALL_TIMEOUT
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.responses import ConnectionClosed, RpcError
@@ -43,7 +44,10 @@ TASK_VERSION = "v3"
 
 
 class TaskService:
-    """The containers of a pod.  Versions 2 and 3 of the service have the same messages on the wire."""
+    """The containers of a pod.  Versions 2 and 3 of the service have the same messages on the wire.
+
+    containerd closes the connection when its client gives up: what mounts, or starts a VM, runs to completion.
+    """
 
     def __init__(
         self, make_pod: Callable[[str], Pod], publisher: Publisher, log: Log, shut_down: Callable[[], None]
@@ -56,7 +60,8 @@ class TaskService:
         self._pod: Pod | None = None
         self._containers: dict[str, Container] = {}
         self._creating = asyncio.Lock()
-        self._starting: Pod | None = None  # while the lock is held
+        self._starting: Pod | None = None  # for the container or sandbox that is being created
+        self._unfinished = ""  # the container that is being created
         self._ending: asyncio.Future[None] | None = None  # the pod's end, after its last container was deleted
         self._closed = False
         self._oom: asyncio.Task[None] | None = None
@@ -89,6 +94,7 @@ class TaskService:
             pod = await self._start_pod(bundle.id, document, bundle)
             pod.sysctls, pod.mounts = document["linux"]["sysctl"], document["mounts"]
             await pod.connect_network()
+            self._starting = None
             self._watch(pod)
             return pod
 
@@ -109,6 +115,7 @@ class TaskService:
         if self._oom is None or self._oom.done():
             self._oom = asyncio.get_running_loop().create_task(self._watch_oom(pod))
 
+    @runs_to_completion
     async def Create(self, request: Any) -> Any:
         if request.checkpoint:
             raise ShimError(StatusCode.UNIMPLEMENTED, "restoring a checkpoint: not implemented")
@@ -119,19 +126,11 @@ class TaskService:
         document = bundle.config()
         guest_spec(document, request.id)  # reject unsupported specs before starting a VM
         async with self._creating:
-            pod = self._pod if self._ending is None else None
-            owner = pod is None
-            if pod is None:
-                pod = await self._start_pod(bundle.sandbox, document, bundle, own_cgroup)
-            else:
-                pod.record(bundle, owner=False)
+            self._unfinished = request.id
             try:
-                container = await Container.create(pod, bundle, document, request, owner=owner)
-            except BaseException:
-                if owner:
-                    await self._end_pod()
-                raise
-            self._containers[request.id] = container
+                pod = await self._create(request, bundle, document, own_cgroup)
+            finally:
+                self._unfinished, self._starting = "", None
         self._watch(pod)
         event = events_pb2.TaskCreate(
             container_id=request.id, bundle=request.bundle, checkpoint="", pid=self._pid, rootfs=request.rootfs
@@ -141,6 +140,23 @@ class TaskService:
         self._publisher.publish(event)
         return task_v2_pb2.CreateTaskResponse(pid=self._pid)
 
+    async def _create(self, request: Any, bundle: TaskBundle, document: dict[str, Any], own_cgroup: str) -> Pod:
+        """Create a container, and its pod if it is the first.  Nothing of either is left at an error."""
+        pod = self._pod if self._ending is None else None
+        owner = pod is None
+        if pod is None:
+            pod = await self._start_pod(bundle.sandbox, document, bundle, own_cgroup)
+        else:
+            pod.record(bundle, owner=False)
+        try:
+            self._containers[request.id] = await Container.create(pod, bundle, document, request, owner=owner)
+        except BaseException:
+            if owner:
+                await self._end_pod()
+            raise
+        return pod
+
+    @runs_to_completion
     async def Start(self, request: Any) -> Any:
         container = self._container(request.id)
         process = container.process(request.exec_id)
@@ -183,7 +199,11 @@ class TaskService:
         await container.init.end(status)
         await self._ended(container, container.init)
 
+    @runs_to_completion
     async def Delete(self, request: Any) -> Any:
+        if request.id == self._unfinished:  # containerd's client has given up; Shutdown comes next
+            await self._abort_creation()
+            self._creating.release()
         container = self._container(request.id)
         process = container.process(request.exec_id)
         pid = self._pid
@@ -346,13 +366,17 @@ class TaskService:
     async def close(self) -> None:
         """End the pod, whatever is left of it, even one that is just starting."""
         self._closed = True
-        idle = asyncio.ensure_future(self._creating.acquire())
-        while not (await asyncio.wait([idle], timeout=ABORT_INTERVAL))[0]:
-            if self._starting is not None:
-                await self._starting.abort()
+        await self._abort_creation()
         try:
             await self._end_pod()
             for container in self._containers.values():
                 await asyncio.to_thread(container.unmount)
         finally:
             self._creating.release()
+
+    async def _abort_creation(self) -> None:
+        """Acquire the lock; a pod that is just starting, or must end anyway, is aborted first."""
+        idle = asyncio.ensure_future(self._creating.acquire())
+        while not (await asyncio.wait([idle], timeout=ABORT_INTERVAL))[0]:
+            if pod := self._starting or (self._pod if self._closed else None):
+                await pod.abort()

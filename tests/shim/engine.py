@@ -49,6 +49,9 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
 #: Bytes of an empty file system that the blockfile snapshotter copies for each image.
 SCRATCH = 64 << 20
 
+#: A directory in which the packages were unpacked elsewhere.
+UNPACKED = os.environ.get("CAISSON_DOCKER", "")
+
 SHIM = """#!{python}
 import sys
 from caisson.commands.shim import main
@@ -67,13 +70,16 @@ class Engine:
 
     def start(self) -> None:
         """Start containerd, and docker on top."""
-        self._processes = [self._containerd()]
-        self._processes.append(self._started(_dockerd(self.place)))
-        await_answer(["docker", "version"], self._environment, self.place)
+        self._processes = [self._containerd(), self._dockerd()]
 
     def _containerd(self) -> subprocess.Popen[bytes]:
         process = self._started(["containerd", "-c", f"{self.place}/containerd.toml"])
         await_answer(["ctr", "-a", f"{self.place}/containerd.sock", "version"], self._environment, self.place)
+        return process
+
+    def _dockerd(self) -> subprocess.Popen[bytes]:
+        process = self._started(_dockerd(self.place))
+        await_answer(["docker", "version"], self._environment, self.place)
         return process
 
     def _started(self, words: list[str]) -> subprocess.Popen[bytes]:
@@ -86,6 +92,12 @@ class Engine:
         self._processes[0].wait()
         self._processes[0] = self._containerd()
 
+    def kill_dockerd(self) -> None:
+        """Kill and restart dockerd."""
+        self._processes[1].kill()
+        self._processes[1].wait()
+        self._processes[1] = self._dockerd()
+
     def stop(self) -> None:
         """Stop both."""
         for process in reversed(self._processes):
@@ -97,6 +109,13 @@ class Engine:
         return subprocess.run(
             ["docker", *words], input=stdin, env=self._environment, capture_output=True, timeout=COMMAND_TIMEOUT
         )
+
+    def delete_tasks(self) -> None:
+        """Kill and delete every task that containerd runs for docker."""
+        ctr = ["ctr", "--address", f"{self.place}/containerd.sock", "--namespace", "moby", "tasks"]
+        running = subprocess.run([*ctr, "list", "--quiet"], env=self._environment, capture_output=True, check=True)
+        for task in running.stdout.decode().split():
+            subprocess.run([*ctr, "delete", "--force", task], env=self._environment, capture_output=True, check=True)
 
     def ctr(self, *words: str) -> subprocess.CompletedProcess[bytes]:
         """Run a ctr command, in a separate namespace."""
@@ -149,13 +168,11 @@ def engine() -> Iterator[Engine]:
 
 def environment_of(place: Path, wanted: Sequence[str], configuration: str) -> dict[str, str]:
     """Unpack the programs, write their configurations, and return the environment in which to run them."""
-    tree, programs, run = place / "tree", place / "bin", place / "run"
-    packages = packages_of("debian", default_root() / "apt" / f"{SUITE}-docker", SUITE, "amd64")
-    packages.update()
-    for directory in (tree, programs, run):
+    programs, run = place / "bin", place / "run"
+    for directory in (programs, run):
         directory.mkdir()
     run.chmod(0o700)
-    extract(packages.fetch(list(wanted)), tree)
+    tree = Path(UNPACKED) if UNPACKED else unpack(wanted, place / "tree")
     shim = programs / "containerd-shim-caisson-v2"
     shim.write_text(SHIM.format(python=sys.executable))
     shim.chmod(0o755)
@@ -170,6 +187,15 @@ def environment_of(place: Path, wanted: Sequence[str], configuration: str) -> di
         "CAISSON_SHIM_CONFIG": str(place / "shim.toml"),
         "DOCKER_HOST": f"unix://{place}/docker.sock",
     }
+
+
+def unpack(wanted: Sequence[str], tree: Path) -> Path:
+    """Unpack packages into a new directory, and return it."""
+    packages = packages_of("debian", default_root() / "apt" / f"{SUITE}-docker", SUITE, "amd64")
+    packages.update()
+    tree.mkdir()
+    extract(packages.fetch(list(wanted)), tree)
+    return tree
 
 
 def _dockerd(place: Path) -> list[str]:

@@ -191,6 +191,7 @@ class Task:
         self.address = address
         self._containerd = containerd
         descriptor = SERVICES[version].DESCRIPTOR.services_by_name["Task"]
+        self._client = client
         self._requests = {one.name: message_factory.GetMessageClass(one.input_type) for one in descriptor.methods}
         self._rpc: Any = Stub(client, descriptor)
 
@@ -229,6 +230,10 @@ class Task:
             "value": json.dumps(process(*args, terminal=terminal)).encode(),
         }
         await self.call("Exec", exec_id=exec_id, spec=spec, terminal=terminal, **fields)
+
+    async def disconnect(self) -> None:
+        """Close the connection; pending calls fail."""
+        await self._client.close()
 
     async def end(self) -> None:
         """Kill the container if it is running, delete it, and shut the shim down."""
