@@ -243,6 +243,8 @@ class Command(Record):
     The function takes the values of all options, positionals and the program's words as keywords.  With
     ``runs_program``, the exit status is the program's, so earlier failures have a status that no shell gives to a
     program.  With ``enters_container``, a container that has exited or does not exist gets the same status.
+
+    With ``is_short``, modules that entry.py defers stay so: it ends before it needs them, or loads them itself.
     """
 
     name: str
@@ -256,6 +258,7 @@ class Command(Record):
     hidden: bool = False
     runs_program: bool = False
     enters_container: bool = False
+    is_short: bool = False
 
     @property
     def usage_status(self) -> int:

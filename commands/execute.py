@@ -1,4 +1,4 @@
-"""Run a program in a container: the most frequent command, so it imports only what it needs.
+"""Run programs in containers, and copy files: the most frequent commands, so they import only what they need.
 
 A running VM is found by its directory alone; the code to boot one is imported only if none is running.
 """
@@ -12,16 +12,21 @@ from collections.abc import Iterator
 from caisson.agent.base.lazyimport import load_deferred
 from caisson.agent.base.record import Record
 from caisson.agent.client.caller import DEFAULT, user_document
-from caisson.agent.client.errors import AgentGone, UsageError
+from caisson.agent.client.errors import AgentGone, ClientError, UsageError, explain_container_errors
 from caisson.agent.client.execute import execute
-from caisson.commands.streams import reporter
+from caisson.commands.streams import info, reporter
 from caisson.image.vm.directory import find_running
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
     from caisson.agent.client.guest import Machine
+    from caisson.image.vm.directory import VMDirectory
+
+#: An interactive shell: bash if available.
+SHELL = ["sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
 
 
 class RunningMachine(Record):
@@ -51,6 +56,32 @@ def exec_(
         return execute(machine, container or DEFAULT, words, env=env, cwd=workdir, user=who, terminal=tty)
 
 
+def shell(*, container: str, guest: bool, name: str) -> int:
+    """Open an interactive shell; returns its exit status."""
+    terminal = sys.stdin.isatty()
+    if not guest:
+        with running_machine(name) as machine:
+            return execute(machine, container, SHELL, terminal=terminal)
+    load_deferred()
+    from caisson.commands.machines import running_vm
+    from caisson.commands.program import execute_in_guest
+
+    with running_vm(name) as vm:
+        return execute_in_guest(vm, SHELL, terminal=terminal)
+
+
+def cp(*, source: str, target: str, name: str) -> int:
+    """Copy a file or a directory into or out of a container; returns 1 if something cannot be copied."""
+    from caisson.agent.client.copy import copy, parse_locations  # late: exec needs none of it
+
+    from_, to = parse_locations(source, target)
+    with running_machine(name) as machine, explain_container_errors(from_.container or to.container):
+        left_out = copy(machine, source, target, info)
+    for one in left_out:
+        info(f"not copied: {one}")
+    return int(bool(left_out))
+
+
 @contextlib.contextmanager
 def _machine(name: str, network: str, verbose: bool) -> Iterator[Machine]:
     """Yield the running VM of this name, or otherwise the one from `find_or_boot_vm`.  Raises VMError, UsageError."""
@@ -62,15 +93,38 @@ def _machine(name: str, network: str, verbose: bool) -> Iterator[Machine]:
         with find_or_boot_vm(name, reporter(verbose), answering=False, network=network) as vm:
             yield vm
         return
-    directory, _ = found
+    with _explain_exit(*found) as machine:
+        yield machine
+
+
+@contextlib.contextmanager
+def running_machine(name: str) -> Iterator[Machine]:
+    """Yield the running VM of this name, waiting for the agent of one that starts.  Raises VMError."""
+    found = find_running(name)
+    if found is not None and found[1].get("state") == "running":
+        with _explain_exit(*found) as machine:
+            yield machine
+        return
+    load_deferred()
+    from caisson.commands.machines import running_vm
+
+    with running_vm(name) as vm:
+        yield vm
+
+
+@contextlib.contextmanager
+def _explain_exit(directory: VMDirectory, info: dict[str, Any]) -> Iterator[RunningMachine]:
+    """Yield a running VM; if it exits within the block, raise VMEnded with its reason."""
     try:
         yield RunningMachine(directory.path, directory.agent_socket)
-    except AgentGone:
+    except (AgentGone, ClientError, FileNotFoundError) as error:
+        if not isinstance(error, AgentGone) and directory.is_running():
+            raise
         load_deferred()
         from caisson.commands.machines import explain_exit
         from caisson.image.vm import VM
 
-        with explain_exit(VM(*found)):
+        with explain_exit(VM(directory, info)):
             raise
 
 

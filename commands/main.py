@@ -101,7 +101,7 @@ class CommandLine:
         for line in old:
             streams.info(line)
         try:
-            if command.name != "exec":  # which does so itself, if it needs more than an agent call
+            if not command.is_short:
                 load_deferred()
             function = self._own[command.name] if command.name in self._own else load(command.run)
             return int(function(**values) or 0)

@@ -1,20 +1,18 @@
-"""Open shells in containers, and give them files and ports."""
+"""Run programs in the guest itself, and give containers shared directories and ports."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.client import AgentError, copy, foreground
+from caisson.agent.client import AgentError, foreground
 from caisson.agent.client import forward as forwarding
 from caisson.agent.client import share as mounting
 from caisson.agent.client.errors import UsageError, explain_container_errors
-from caisson.agent.client.execute import execute
 from caisson.agent.client.guest import (
     Guest,
     active_forwards,
@@ -27,9 +25,6 @@ from caisson.commands.streams import info
 from caisson.image.vm import VM, VMError
 from caisson.image.vm.hotplug import share as sharing
 from caisson.image.vm.hotplug.disks import unplug_unused
-
-#: An interactive shell: bash if available.
-SHELL = ["sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
 
 
 def execute_in_guest(vm: VM, words: Sequence[str], *, terminal: bool, **options: Any) -> int:
@@ -62,35 +57,6 @@ def release_disk(vm: VM, container: str) -> None:
     registry.discard(container)
     with contextlib.suppress(VMError):  # they disappear with the VM
         unplug_unused(vm, lambda: {str(registry.metadata(other).get("disk")) for other in registry.names()})
-
-
-def shell(*, container: str, guest: bool, name: str) -> int:
-    """Open an interactive shell; returns its exit status."""
-    with running_vm(name) as vm:
-        if not guest:
-            return execute(vm, container, SHELL, terminal=sys.stdin.isatty())
-        return execute_in_guest(vm, SHELL, terminal=sys.stdin.isatty())
-
-
-def cp(*, source: str, target: str, name: str) -> int:
-    """Copy a file or a directory into or out of a container; returns 1 if something cannot be copied."""
-    from_, to = copy.parse_locations(source, target)
-    with running_vm(name) as vm, explain_container_errors(from_.container or to.container):
-        left_out = asyncio.run(_copy(vm, source, target))
-    for one in left_out:
-        info(f"not copied: {one}")
-    return int(bool(left_out))
-
-
-async def _copy(vm: VM, source: str, target: str) -> list[str]:
-    async with Guest(vm) as guest, contextlib.AsyncExitStack() as stack:
-        return await copy.copy(
-            guest.agent,
-            source,
-            target,
-            info,
-            lambda name: stack.enter_async_context(guest.container_with_files_of(name)),
-        )
 
 
 def share(*, directory: str, name: str, container: str, at: str, tag: str, writable: bool, only_plug: bool) -> None:

@@ -41,7 +41,7 @@ class OutputError(Exception):
     """Output cannot be written, for example to a full disk."""
 
 
-def write_all(target: int, data: bytes) -> None:
+def write_all(target: int, data: bytes | memoryview) -> None:
     """Write all of it to a descriptor.  Raises OSError."""
     view = memoryview(data)
     while view:

@@ -6,9 +6,7 @@ nothing outside is reachable.  The container needs `sh` and `tar`, as with `kube
 
 from __future__ import annotations
 
-import asyncio
-import fcntl
-import io
+import contextlib
 import os
 import posixpath
 import re
@@ -16,17 +14,25 @@ import signal
 import stat
 import tarfile
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from _queue import SimpleQueue
+from _thread import start_new_thread
 from pathlib import Path
 
-from caisson.agent.client.caller import CHUNK, PATH, write_all
-from caisson.agent.client.connection import Agent, Container, Process
+from caisson.agent.base.record import Record
+from caisson.agent.client.bulk import BulkProcess
+from caisson.agent.client.caller import CHUNK, PATH, ROOT
 from caisson.agent.client.copy_scripts import GET, PUT
-from caisson.agent.client.errors import AgentError, CopyError, ProgramError, UsageError
-from caisson.agent.client.unpack import open_archive, unpack, unpack_to
+from caisson.agent.client.errors import AgentError, CopyError, ProgramError, Reason, UsageError
+from caisson.agent.client.pack import Pieces, pack, uncopyable_type
+from caisson.agent.client.unpack import ReceivedArchive, unpack, unpack_to
+from caisson.agent.rpc.ttrpc.blocking import take
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import Any, Self
+
+    from caisson.agent.client.guest import Machine
 
 #: A container's name and a path in it; anything that begins with "/" or "." is a host path.
 LOCATION = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*):(.+)", re.DOTALL)
@@ -34,23 +40,19 @@ LOCATION = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*):(.+)", re.DOTALL)
 #: Maximum bytes of stderr to show.
 MAX_STDERR = 4096
 
-#: Seconds for an interrupted process to clean up and exit, and between two progress lines.
-STOP_TIMEOUT = 1.5
+#: Seconds for a script to start on a busy machine, and between two progress lines.
+START_TIMEOUT = 60.0
 PROGRESS_INTERVAL = 2.0
 
-#: Maximum size of a file that claims to be empty: those in /proc and /sys are read to their end.
-MAX_UNSIZED = 64 << 20
 
-
-@dataclass(frozen=True)
-class Location:
+class Location(Record):
     """The location of a file: ``container`` is empty for the host."""
 
     container: str
     path: str
 
     @classmethod
-    def parse(cls, text: str) -> Location:
+    def parse(cls, text: str) -> Self:
         """Parse CONTAINER:PATH, or a host path.  Raises UsageError."""
         found = LOCATION.fullmatch(text)
         if not text or text.endswith(":"):
@@ -73,30 +75,63 @@ class Progress:
             self._report(f"{self._bytes / 1e6:.0f} MB copied")
 
 
-async def copy(
-    agent: Agent,
-    source: str,
-    target: str,
-    report: Callable[[str], None] | None = None,
-    reach: Callable[[str], Awaitable[Container]] | None = None,
-) -> list[str]:
+class FilesProcess(BulkProcess):
+    """A process with the files of a container, which may have exited: then in one on the same root, removed at the end.
+
+    Only the VM's default container is created.
+    """
+
+    _stand_in = ""
+
+    def start(self, document: Mapping[str, Any], timeout: float | None = None) -> None:
+        try:
+            super().start(document, timeout)
+        except AgentError as error:
+            if error.reason is not Reason.CONTAINER_STOPPED or not (root := self._root()):
+                raise
+            self._container_id = self._make_stand_in(root)
+            super().start(document, timeout)
+
+    def close(self) -> None:
+        super().close()
+        if self._stand_in:
+            from caisson.agent.client.guest import call_sync
+
+            with contextlib.suppress(AgentError):
+                call_sync(self._machine, lambda agent: agent.container(self._stand_in).remove())
+
+    def _root(self) -> str:
+        """Return the guest's path of the container's root, if it is kept after its exit."""
+        from caisson.agent.client.guest import container_registry  # late, as all that only an exited container needs
+
+        return str(container_registry(self._machine).metadata(self._container_id).get("root") or "")
+
+    def _make_stand_in(self, root: str) -> str:
+        from caisson.agent.client import specs
+        from caisson.agent.client.guest import call_sync
+
+        document = specs.container_document(root, scratch=())
+        document["root"]["readonly"] = False
+        self._stand_in = f"{self._container_id[:200]}.files"
+        call_sync(self._machine, lambda agent: agent.ensure_container(self._stand_in, document))
+        return self._stand_in
+
+
+def copy(machine: Machine, source: str, target: str, report: Callable[[str], None] | None = None) -> list[str]:
     """Copy a file or a directory between the host and a container, one of which is CONTAINER:PATH.
 
     Copies into an existing directory, otherwise to the target's name; SOURCE/. copies the contents.  New files get the
     source's mode (on the host minus the umask) and time, and belong to root in the container and to the caller on the
     host; existing modes are kept.  If interrupted, it leaves nothing incomplete.
 
-    ``reach`` returns a running container with the files of the named one.  Returns the names of files that cannot be
-    copied: sockets and devices.  Raises UsageError, CopyError, AgentError.
+    Returns the names of files that cannot be copied: sockets and devices.  Raises UsageError, CopyError, AgentError.
     """
     from_, to = parse_locations(source, target)
-    progress = Progress(report)
-    name = from_.container or to.container
-    container = agent.container(name) if reach is None else await reach(name)
+    process = FilesProcess(machine, from_.container or to.container)
     try:
         if to.container:
-            return await put(container, from_.path, to.path, progress)
-        return await get(container, from_.path, to.path, progress)
+            return put(process, from_.path, to.path, Progress(report))
+        return get(process, from_.path, to.path, Progress(report))
     except ProgramError as error:
         raise UsageError(f"cp: the container lacks `sh` or `tar`: {error}") from error
 
@@ -117,8 +152,8 @@ def _wants_contents(path: str) -> bool:
     return path.endswith("/.") or path == "."
 
 
-async def put(container: Container, source: str, path: str, progress: Progress | None = None) -> list[str]:
-    """Copy from the host into a container; as `copy`."""
+def put(process: BulkProcess, source: str, path: str, progress: Progress | None = None) -> list[str]:
+    """Copy from the host into a container, by a process that is not started yet; as `copy`."""
     origin = Path(source)
     try:
         state = origin.stat() if _wants_directory(source) else origin.lstat()
@@ -127,31 +162,32 @@ async def put(container: Container, source: str, path: str, progress: Progress |
     directory = stat.S_ISDIR(state.st_mode)
     if _wants_directory(source) and not directory:
         raise CopyError(f"{source}: Not a directory")
-    if (kind := _uncopyable_type(state.st_mode)) is not None:
+    if (kind := uncopyable_type(state.st_mode)) is not None:
         raise CopyError(f"{source}: a {kind} cannot be copied")
     name = origin.name if origin.name not in ("", "..") else origin.resolve().name or "root"
     kind = "contents" if _wants_contents(source) else "directory" if directory else "file"
     words = [posixpath.normpath(path), name, kind, str(int(_wants_directory(path)))]
-    async with _script(container, PUT, words) as process:
-        read_end, write_end = _pipe()
-        packing = asyncio.create_task(asyncio.to_thread(_pack, write_end, origin.resolve() if directory else origin))
-        feeding = asyncio.create_task(_feed(process, read_end, progress or Progress()))
-        async with _ensure_ended(feeding, packing):
-            complaints = await _read_errors(process)
-            await feeding
+    count = (progress or Progress()).add
+
+    def send(piece: memoryview) -> None:
+        process.send(piece)
+        count(len(piece))
+
+    left_out: list[str] = []
+    with _script(process, PUT, words) as complaints:
+        with contextlib.suppress(AgentError):  # tar has exited first: it says why
             try:
-                left_out = await packing
-            except BrokenPipeError:  # tar has exited first: it says why
-                left_out = []
+                left_out = pack(origin.resolve() if directory else origin, Pieces(send))
             except OSError as error:
                 raise CopyError(f"{error.filename or source}: {error.strerror or error}") from error
-        if status := await process.wait():
-            raise CopyError(complaints or f"tar in the container: exited with status {status}")
+            process.end_input()
+        text, status = complaints.text(), process.wait()
+    _check_status(status, text)
     return left_out
 
 
-async def get(container: Container, path: str, target: str, progress: Progress | None = None) -> list[str]:
-    """Copy from a container to the host; as `copy`."""
+def get(process: BulkProcess, path: str, target: str, progress: Progress | None = None) -> list[str]:
+    """Copy from a container to the host, by a process that is not started yet; as `copy`."""
     parent, name = posixpath.split(posixpath.normpath(path))
     if _wants_directory(path):
         parent, old = posixpath.join(parent, name), "."
@@ -168,44 +204,67 @@ async def get(container: Container, path: str, target: str, progress: Progress |
         directory, new = place.parent, place.name
     if not directory.is_dir():
         raise CopyError(f"{directory}: no such directory")
-    async with _script(container, GET, [parent, old, path]) as process:
-        read_end, write_end = _pipe()
-        unpacking = asyncio.create_task(asyncio.to_thread(_unpack, read_end, directory, old, new))
-        draining = asyncio.create_task(_drain(process, write_end, progress or Progress()))
-        async with _ensure_ended(draining, unpacking):
-            complaints = await _read_errors(process)
-            await draining
-            try:
-                left_out = await unpacking
-            except OSError as error:
-                raise CopyError(f"{target}: {error.filename or ''}: {error.strerror or error}") from error
-            except tarfile.TarError as error:
-                status = await process.wait()
-                raise CopyError(
-                    complaints if status and complaints else f"the container sent an invalid archive: {error}"
-                ) from error
-        if status := await process.wait():
-            raise CopyError(complaints or f"tar in the container: exited with status {status}")
-    return left_out + [f"{path}: {one}" for one in complaints.split("; ") if one.endswith("socket ignored")]
+    count = (progress or Progress()).add
+
+    def receive() -> memoryview:
+        piece = process.receive()
+        count(len(piece))
+        return piece
+
+    left_out: list[str] = []
+    invalid: tarfile.TarError | None = None
+    with _script(process, GET, [parent, old, path]) as complaints:
+        try:
+            left_out = _unpack(receive, directory, old, new)
+        except OSError as error:
+            raise CopyError(f"{target}: {error.filename or ''}: {error.strerror or error}") from error
+        except tarfile.TarError as error:
+            invalid = error
+            with contextlib.suppress(AgentError):  # it has exited: this is why the archive is incomplete
+                process.signal(signal.SIGKILL)
+        text, status = complaints.text(), process.wait()
+    if invalid and not (status and text):
+        raise CopyError(f"the container sent an invalid archive: {invalid}") from invalid
+    _check_status(status, text)
+    return left_out + [f"{path}: {one}" for one in text.split("; ") if one.endswith("socket ignored")]
 
 
-@asynccontextmanager
-async def _script(container: Container, script: str, words: list[str]) -> AsyncIterator[Process]:
-    """Run a script in the container for the duration of a block; on failure it is killed with all its children."""
-    process = container.process(uuid.uuid4().hex)
-    argv = ["sh", "-c", script, "sh", *map(_escape, words), process.exec_id]
+def _unpack(receive: Callable[[], memoryview], directory: Path, old: str, new: str) -> list[str]:
+    archive = ReceivedArchive(receive)
+    place = directory / new
+    left_out: list[str] = []
+    if place.exists() and not place.is_file() and not place.is_dir():
+        with place.open("wb", buffering=0) as target:
+            unpack_to(archive, target.fileno())
+    else:
+        left_out = unpack(archive, directory, old, new)
+    while receive():  # padding follows an archive's end
+        pass
+    return [f"{name}: a device" for name in left_out]
+
+
+def _check_status(status: int, complaints: str) -> None:
+    if status:
+        raise CopyError(complaints or f"tar in the container: exited with status {status}")
+
+
+@contextlib.contextmanager
+def _script(process: BulkProcess, script: str, words: list[str]) -> Iterator[_Complaints]:
+    """Run a script in the container for the duration of a block; on failure it is stopped with all its children."""
+    document = {
+        "args": ["sh", "-c", script, "sh", *map(_escape, words), process.exec_id],
+        "env": [PATH, "LC_ALL=C"],
+        "cwd": "/",
+        "user": dict(ROOT),
+    }
     try:
-        await container.exec(argv, env=[PATH, "LC_ALL=C"], exec_id=process.exec_id)
-        yield process
+        process.start(document, START_TIMEOUT)
+        yield _Complaints(process)
     except BaseException:
-        with suppress(AgentError, TimeoutError):
-            await process.signal(signal.SIGTERM)
-            await process.close_stdin()  # end tar's input before the shell sees the signal
-            try:
-                await asyncio.wait_for(process.wait(), STOP_TIMEOUT)
-            except TimeoutError:
-                await process.signal(signal.SIGKILL)
+        process.stop()
         raise
+    finally:
+        process.close()
 
 
 def _escape(word: str) -> str:
@@ -213,117 +272,26 @@ def _escape(word: str) -> str:
     return re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"\\0%03o" % found[0][0], os.fsencode(word)).decode()
 
 
-@asynccontextmanager
-async def _ensure_ended(moving: asyncio.Task[None], working: asyncio.Task[list[str]]) -> AsyncIterator[None]:
-    """Ensure that both have ended: when ``moving`` ends, it closes the pipe that ``working``'s thread uses."""
-    try:
-        yield
-    finally:
-        moving.cancel()
-        await asyncio.gather(moving, working, return_exceptions=True)
+class _Complaints:
+    """A process's standard error output, read by a thread: it must not fill up."""
 
+    def __init__(self, process: BulkProcess) -> None:
+        self._result: SimpleQueue[bytes | AgentError] = SimpleQueue()
+        start_new_thread(self._read, (process,))
 
-async def _read_errors(process: Process) -> str:
-    """Return a process's standard error output until its exit, as one line."""
-    said = b""
-    async for data in process.stderr():
-        said = (said + data)[:MAX_STDERR]
-    return "; ".join(said.decode(errors="replace").split("\n")).rstrip("; ")
-
-
-def _pipe() -> tuple[int, int]:
-    """Create a pipe that holds the data of one call."""
-    read_end, write_end = os.pipe()
-    with suppress(OSError):  # more than /proc/sys/fs/pipe-max-size
-        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, CHUNK)
-    return read_end, write_end
-
-
-async def _feed(process: Process, source: int, progress: Progress) -> None:
-    """Copy from a pipe to a process; the pipe is closed when the process accepts no more."""
-
-    async def pieces() -> AsyncIterator[bytes]:
-        while data := await asyncio.to_thread(os.read, source, CHUNK):
-            yield data
-            progress.add(len(data))
-
-    try:
-        with suppress(AgentError):
-            await process.feed(pieces())
-    finally:
-        os.close(source)
-
-
-async def _drain(process: Process, target: int, progress: Progress) -> None:
-    """Copy a process's output to a pipe; the process is killed when the pipe has no reader."""
-    try:
-        async for data in process.stdout():
-            await asyncio.to_thread(write_all, target, data)
-            progress.add(len(data))
-    except BrokenPipeError:
-        with suppress(AgentError):
-            await process.signal(signal.SIGKILL)
-    finally:
-        os.close(target)
-
-
-def _uncopyable_type(mode: int) -> str | None:
-    """Return the type of a file that cannot be copied."""
-    if stat.S_ISSOCK(mode):
-        return "socket"
-    return "device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else None
-
-
-def _pack(target: int, source: Path) -> list[str]:
-    """Write an archive of a file or a directory, called "x" in it, to a descriptor, which is closed.
-
-    Returns the names of files left out.  Raises OSError.
-    """
-    left_out: list[str] = []
-    with os.fdopen(target, "wb") as file:
-        # GNU format: the only one for long names that busybox understands.
-        options = {"format": tarfile.GNU_FORMAT, "encoding": "utf-8", "errors": "surrogateescape"}
-        with tarfile.open(fileobj=file, mode="w|", **options) as archive:  # type: ignore[call-overload]
-            ways = [(source, "x")]
-            while ways:
-                path, name = ways.pop()
-                mode = path.lstat().st_mode
-                if kind := _uncopyable_type(mode):
-                    left_out.append(f"{path}: a {kind}")
-                    continue
-                _add(archive, path, name)
-                archive.members = []  # tarfile would keep them all
-                if stat.S_ISDIR(mode):
-                    ways += [(inner, f"{name}/{inner.name}") for inner in sorted(path.iterdir(), reverse=True)]
-    return left_out
-
-
-def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
-    member = archive.gettarinfo(path, name)
-    member.uid = member.gid = 0
-    member.uname = member.gname = ""
-    member.mtime = max(0, int(member.mtime))
-    if not member.isfile():
-        archive.addfile(member)
-        return
-    with path.open("rb") as contents:
-        if os.fstat(contents.fileno()).st_blocks == 0 and member.size <= os.sysconf("SC_PAGE_SIZE"):
-            data = contents.read(MAX_UNSIZED)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
+    def _read(self, process: BulkProcess) -> None:
+        said = b""
+        try:
+            while data := process.read("ReadStderr"):
+                said = (said + bytes(data))[:MAX_STDERR]
+        except AgentError as error:
+            self._result.put(error)
         else:
-            archive.addfile(member, contents)
+            self._result.put(said)
 
-
-def _unpack(source: int, directory: Path, old: str, new: str) -> list[str]:
-    left_out: list[str] = []
-    with os.fdopen(source, "rb") as file, open_archive(file) as archive:
-        place = directory / new
-        if place.exists() and not place.is_file() and not place.is_dir():
-            with place.open("wb") as target:
-                unpack_to(archive, target)
-        else:
-            left_out = unpack(archive, directory, old, new)
-        while file.read(CHUNK):  # padding follows an archive's end
-            pass
-    return [f"{name}: a device" for name in left_out]
+    def text(self) -> str:
+        """Return all of it as one line, after the process's exit.  Raises AgentError."""
+        result = take(self._result)
+        if isinstance(result, AgentError):
+            raise result
+        return "; ".join(result.decode(errors="replace").split("\n")).rstrip("; ")

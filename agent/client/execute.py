@@ -40,7 +40,7 @@ from caisson.agent.client.errors import (
 )
 from caisson.agent.rpc import wire
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.blocking import BlockingClient, received
+from caisson.agent.rpc.ttrpc.blocking import BlockingClient, received_view, take
 from caisson.agent.rpc.ttrpc.responses import RpcError
 
 TYPE_CHECKING = False
@@ -49,14 +49,15 @@ if TYPE_CHECKING:
     from typing import Any
 
     from caisson.agent.client.guest import Machine
-    from caisson.agent.rpc.ttrpc.frames import Frame
+    from caisson.agent.rpc.ttrpc.blocking import Deliver
+    from caisson.agent.rpc.ttrpc.frames import Buffer, Frame
 
 #: Reasons of the default container before its first use, or after its init process has exited.
 NOT_THERE = (Reason.CONTAINER_NOT_FOUND, Reason.CONTAINER_STOPPED)
 
-#: Seconds to look for a starting program after Ctrl-C, and between two attempts.
-KILL_TIMEOUT = 1.0
-KILL_INTERVAL = 0.05
+#: Seconds to look for a starting process that is not wanted any more, and between two attempts.
+FIND_TIMEOUT = 1.0
+FIND_INTERVAL = 0.05
 
 #: The services to call.  Their requests begin with the ids of the container and the process.
 GUEST, AGENT = "caisson.Guest", "grpc.AgentService"
@@ -96,19 +97,13 @@ def execute(
     }
     if (size := terminal_size(terminal)) is not None:
         document["consoleSize"] = {"height": size[0], "width": size[1]}
-    process = _ExecProcess(container_id, os.urandom(16).hex(), terminal)
+    process = _AttachedProcess(machine, container_id, terminal)
     try:
         with explain_container_errors(container_id):
-            try:
-                process.start(machine, document)
-            except AgentError as error:
-                if container_id != DEFAULT or not (isinstance(error, AgentGone) or error.reason in NOT_THERE):
-                    raise
-                _make_default_container(machine)
-                process.start(machine, document)  # with the same id, so that it cannot run twice
+            process.start(document)
         return process.attach()
     except KeyboardInterrupt:
-        process.kill()
+        process.signal_once(signal.SIGKILL)  # nobody will attach to it
         raise
     finally:
         process.close()
@@ -126,65 +121,60 @@ def _make_default_container(machine: Machine) -> None:
     asyncio.run(make())
 
 
-class _ExecProcess:
-    """A process, and its streams.
+class ContainerProcess:
+    """A process in a container.  Its calls block a thread, or deliver their responses on the connection's own."""
 
-    The main thread processes the events that other threads and signal handlers put into ``_events``.
-    """
-
-    def __init__(self, container_id: str, exec_id: str, terminal: bool) -> None:
+    def __init__(self, machine: Machine, container_id: str) -> None:
+        self.exec_id = os.urandom(16).hex()
+        self._machine = machine
+        self._container_id = container_id
         self._client: BlockingClient | None = None
-        self._key = ((1, container_id), (2, exec_id))
-        self._terminal = terminal
-        self._outputs = 1 if terminal else 2  # streams that have not ended
-        self._stops: list[int] = []
-        self._status: int | None = None
-        self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._may_run = self._runs = False
 
-    def start(self, machine: Machine, document: dict[str, Any]) -> None:
-        """Start it.  Raises AgentError."""
-        self.close()
+    def start(self, document: Mapping[str, Any], timeout: float | None = None) -> None:
+        """Start it, within ``timeout`` seconds; the VM's default container is created on first use.
+
+        Raises AgentError.
+        """
         try:
-            self._client = BlockingClient.connect(machine.agent_socket)
+            self._start(document, timeout)
+        except AgentError as error:
+            if self._container_id != DEFAULT or not (isinstance(error, AgentGone) or error.reason in NOT_THERE):
+                raise
+            _make_default_container(self._machine)
+            self._start(document, timeout)  # with the same id, so that it cannot run twice
+
+    def _start(self, document: Mapping[str, Any], timeout: float | None) -> None:
+        self.connect()
+        encoded = json.dumps(document).encode(errors="backslashreplace")  # not UTF-8: escaped lone surrogates
+        self._may_run = True
+        try:
+            self.call("ExecProcess", (PROCESS, encoded), service=GUEST, timeout=timeout)
+        except AgentError as error:
+            self._may_run = error.code is StatusCode.DEADLINE_EXCEEDED
+            raise
+        self._runs = True
+
+    def connect(self) -> None:
+        """Make a new connection; calls on the old one end with AgentGone.  Raises AgentGone."""
+        self._disconnect()
+        try:
+            self._client = BlockingClient.connect(self._machine.agent_socket)
         except OSError as error:
             raise connection_error((error.strerror or str(error)).lower()) from error
-        encoded = json.dumps(document).encode(errors="backslashreplace")  # not UTF-8: escaped lone surrogates
-        self._call("ExecProcess", (PROCESS, encoded), service=GUEST)
 
     def close(self) -> None:
         """Close the connection."""
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._client is not None:
             self._client.close()
 
-    def kill(self) -> None:
-        """Kill it while it may still be starting: nobody will attach to it."""
-        deadline = time.monotonic() + KILL_TIMEOUT
-        while self._client is not None and (left := deadline - time.monotonic()) > 0:
-            with contextlib.suppress(AgentError):
-                self._call("SignalProcess", (SIGNAL, signal.SIGKILL), timeout=left)
-                return
-            time.sleep(KILL_INTERVAL)
-
-    def attach(self) -> int:
-        """Connect the caller's streams to the process until it has exited and all its output is delivered."""
-        with raw_terminal(0) if self._terminal else contextlib.nullcontext(), self._handling_signals():
-            # Call it now: once the container is removed, the status is lost.
-            self._post("WaitProcess", lambda frame: self._events.put(partial(self._exited, frame)))
-            start_new_thread(self._feed, ())
-            start_new_thread(self._copy, ("ReadStdout", 1))
-            if not self._terminal:
-                start_new_thread(self._copy, ("ReadStderr", 2))
-            while self._outputs or self._status is None:
-                self._events.get()()
-        return self._status
-
-    def _request(self, *fields: tuple[int, int | str | bytes]) -> bytes:
-        return wire.encode((*self._key, *fields))
-
-    def _call(
+    def call(
         self, method: str, *fields: tuple[int, int | str | bytes], service: str = AGENT, timeout: float | None = None
     ) -> bytes:
-        """Call a method on the process.  Raises AgentError."""
+        """Call a method on it, with the fields that follow the process's key in the request.  Raises AgentError."""
         assert self._client is not None
         try:
             return self._client.call(service, method, self._request(*fields), timeout)
@@ -193,20 +183,91 @@ class _ExecProcess:
         except ValueError as error:  # longer than ttrpc carries
             raise AgentError(StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
 
+    def post(self, method: str, deliver: Deliver, *fields: tuple[int, int], data: Buffer = b"") -> None:
+        """Call a method without waiting for its response; ``data`` is the last field, and not copied.
+
+        Raises AgentError.
+        """
+        assert self._client is not None
+        head = self._request(*fields)
+        pieces = [head + wire.prefix(DATA, len(data)), data] if data else [head]
+        try:
+            self._client.post(AGENT, method, pieces, deliver)
+        except RpcError as error:
+            raise agent_error(error) from error
+
+    def _request(self, *fields: tuple[int, int | str | bytes]) -> bytes:
+        return wire.encode(((1, self._container_id), (2, self.exec_id), *fields))
+
+    def write(self, data: Buffer) -> None:
+        """Write to its standard input, waiting until all of it is accepted.  Raises AgentError."""
+        answers: SimpleQueue[Frame | None] = SimpleQueue()
+        self.post("WriteStdin", answers.put, data=data)
+        response(take(answers))
+
+    def read(self, method: str) -> memoryview:
+        """Read an output stream; empty at its end.  Raises AgentError."""
+        answers: SimpleQueue[Frame | None] = SimpleQueue()
+        self.post(method, answers.put, (LENGTH, CHUNK))
+        return output(take(answers), method)
+
+    def signal(self, number: int, timeout: float | None = None) -> None:
+        """Send it a signal.  Raises AgentError."""
+        self.call("SignalProcess", (SIGNAL, number), timeout=timeout)
+
+    def signal_once(self, number: int) -> None:
+        """Send it a signal on a new connection, whatever the old one was doing; wait for it if it is being started."""
+        deadline = time.monotonic() + FIND_TIMEOUT
+        while self._may_run and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(AgentError):
+                self.connect()
+                self.signal(number, timeout=left)
+                return
+            if self._runs:  # no longer
+                return
+            time.sleep(FIND_INTERVAL)
+
+
+class _AttachedProcess(ContainerProcess):
+    """A process and the caller's streams.
+
+    The main thread processes the events that other threads and signal handlers put into ``_events``.
+    """
+
+    def __init__(self, machine: Machine, container_id: str, terminal: bool) -> None:
+        super().__init__(machine, container_id)
+        self._terminal = terminal
+        self._outputs = 1 if terminal else 2  # streams that have not ended
+        self._stops: list[int] = []
+        self._status: int | None = None
+        self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
+
+    def attach(self) -> int:
+        """Connect the caller's streams to the process until it has exited and all its output is delivered."""
+        with raw_terminal(0) if self._terminal else contextlib.nullcontext(), self._handling_signals():
+            # Call it now: once the container is removed, the status is lost.
+            self.post("WaitProcess", lambda frame: self._events.put(partial(self._exited, frame)))
+            start_new_thread(self._feed, ())
+            start_new_thread(self._copy, ("ReadStdout", 1))
+            if not self._terminal:
+                start_new_thread(self._copy, ("ReadStderr", 2))
+            while self._outputs or self._status is None:
+                take(self._events)()
+        return self._status
+
     def _feed(self) -> None:
         """Copy standard input, in a thread, as not all files can be polled."""
         with contextlib.suppress(AgentError):  # it has exited or closed its input: unread input is not an error
             while data := _read_input():
-                self._call("WriteStdin", (DATA, data))
+                self.write(data)
             if not self._terminal:
-                self._call("CloseStdin")
+                self.call("CloseStdin")
 
     def _copy(self, method: str, target: int) -> None:
         """Copy an output stream to its end, in a thread, as a slow reader must not block the other streams."""
         error: Exception | None = None
         try:
-            while data := _field(self._call(method, (LENGTH, CHUNK)), RESPONSE_DATA, method):
-                assert isinstance(data, bytes)
+            while data := self.read(method):
                 write_all(target, data)
         except (AgentError, OSError) as problem:
             error = problem
@@ -215,7 +276,7 @@ class _ExecProcess:
     def _output_ended(self, error: Exception | None) -> None:
         if isinstance(error, OSError):
             with contextlib.suppress(AgentError):
-                self._call("SignalProcess", (SIGNAL, signal.SIGPIPE))
+                self.signal(signal.SIGPIPE)
             if not isinstance(error, BrokenPipeError):
                 raise output_error(error) from error
             self._status, self._outputs = 128 + signal.SIGPIPE, 0
@@ -225,19 +286,7 @@ class _ExecProcess:
         self._outputs -= 1
 
     def _exited(self, frame: Frame | None) -> None:
-        try:
-            status = _field(received(frame), STATUS, "WaitProcess")
-        except RpcError as error:
-            raise agent_error(error) from error
-        self._status = status_of(status if isinstance(status, int) else 0, self._stops)
-
-    def _post(self, method: str, deliver: Callable[[Frame | None], None], *fields: tuple[int, int]) -> None:
-        """Call a method without waiting for its response.  Raises AgentError."""
-        assert self._client is not None
-        try:
-            self._client.post(AGENT, method, self._request(*fields), deliver)
-        except RpcError as error:
-            raise agent_error(error) from error
+        self._status = status_of(exit_status(frame), self._stops)
 
     @contextlib.contextmanager
     def _handling_signals(self) -> Iterator[None]:
@@ -261,16 +310,16 @@ class _ExecProcess:
             self._stops.append(number)
         number = signal.SIGKILL if len(self._stops) >= MAX_STOPS else number
         with contextlib.suppress(AgentError):  # it has ended
-            self._post("SignalProcess", _ignore, (SIGNAL, number))
+            self.post("SignalProcess", ignore, (SIGNAL, number))
 
     def _resize(self) -> None:
         size = terminal_size(self._terminal)
         if size is not None:
             with contextlib.suppress(AgentError):
-                self._post("TtyWinResize", _ignore, (ROWS, size[0]), (COLUMNS, size[1]))
+                self.post("TtyWinResize", ignore, (ROWS, size[0]), (COLUMNS, size[1]))
 
 
-def _ignore(_: object) -> None:
+def ignore(_: object) -> None:
     """Ignore a response."""
 
 
@@ -281,10 +330,29 @@ def _read_input() -> bytes:
         return b""
 
 
-def _field(response: bytes, number: int, method: str) -> int | bytes | None:
-    """Return the field of a response.  Raises AgentError."""
+def response(frame: Frame | None) -> memoryview:
+    """Return a delivered response.  Raises AgentError."""
     try:
-        return wire.value_of(response, number)
+        return received_view(frame)
+    except RpcError as error:
+        raise agent_error(error) from error
+
+
+def output(frame: Frame | None, method: str) -> memoryview:
+    """Return the data of a delivered response to a read, where they were received.  Raises AgentError."""
+    data = _field(response(frame), RESPONSE_DATA, method)
+    return data if isinstance(data, memoryview) else memoryview(b"")
+
+
+def exit_status(frame: Frame | None) -> int:
+    """Return the status in a delivered response of WaitProcess.  Raises AgentError."""
+    status = _field(response(frame), STATUS, "WaitProcess")
+    return status if isinstance(status, int) else 0
+
+
+def _field(message: memoryview, number: int, method: str) -> int | memoryview | None:
+    try:
+        return wire.value_of(message, number)
     except wire.WireError:
         text = f"{method}: the answer is not a valid {method}Response"
         raise AgentError(StatusCode.INTERNAL, text) from None

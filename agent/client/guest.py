@@ -6,18 +6,16 @@ The caller boots and stops the guest (image.vm.VM, or another VMM's): docs/libra
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 from caisson.agent import client
 from caisson.agent.client.caller import DEFAULT
-from caisson.proto.caisson import caisson_pb2
 
 T = TypeVar("T")
 
@@ -147,29 +145,6 @@ class Guest:
     async def find_container(self, container_id: str) -> client.Container:
         """Return the container of this id: only the VM's default one is created on first use."""
         return await self.container() if container_id == DEFAULT else self.agent.container(container_id)
-
-    @contextlib.asynccontextmanager
-    async def container_with_files_of(self, container_id: str) -> AsyncIterator[client.Container]:
-        """Yield a running container with the files of this one: itself, or one on its root if it has exited.
-
-        Only the VM's default container is created.  Raises AgentError.
-        """
-        container = await self.find_container(container_id)
-        request = caisson_pb2.ListProcessesRequest(container_id=container_id)
-        root = str(container_registry(self.machine).metadata(container_id).get("root") or "")
-        if not root or (await self.agent.guest.ListProcesses(request)).pids:
-            yield container
-            return
-        from caisson.agent.client import specs
-
-        document = specs.container_document(root, scratch=())
-        document["root"]["readonly"] = False
-        stand_in = await self.agent.ensure_container(f"{container_id[:200]}.files", document)
-        try:
-            yield stand_in
-        finally:
-            with contextlib.suppress(client.AgentError):
-                await stand_in.remove()
 
     async def _ensure(self, container_id: str, spec: Mapping[str, Any]) -> client.Container:
         """Call an agent that may still be starting: wait for it only if the call fails."""

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
 import tarfile
-import uuid
-from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO, Self
+from collections.abc import Callable, Iterator
 
+from caisson.agent.client.caller import write_all
 from caisson.agent.client.errors import CopyError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Self
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -53,7 +55,7 @@ class _Member(tarfile.TarInfo):
             raise CopyError(f"archive: the container sent a header of {self.size} bytes; {MAX_HEADER} are accepted")
         if self.type == tarfile.GNUTYPE_SPARSE:
             raise CopyError(f"{self.name!r}: the container sent it as a sparse file, which was not requested")
-        assert isinstance(archive, _Archive)
+        assert isinstance(archive, ReceivedArchive)
         archive.headers += 1
         if archive.headers > MAX_HEADERS:
             raise CopyError("archive: the container sent more headers than files")
@@ -61,8 +63,53 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-class _Archive(tarfile.TarFile):
+class _Stream:
+    """What tarfile reads headers from: a file whose pieces are read once, and in which only what follows is reached."""
+
+    def __init__(self, receive: Callable[[], bytes | memoryview]) -> None:
+        self._receive = receive
+        self._piece = memoryview(b"")
+        self._at = 0
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, at: int) -> None:
+        if at < self._at:
+            raise tarfile.StreamError("seeking backwards is not allowed")
+        for _ in self.parts(at - self._at):
+            pass
+
+    def read(self, size: int) -> bytes:
+        return b"".join(self.parts(size))
+
+    def parts(self, size: int) -> Iterator[memoryview]:
+        """Yield the next bytes, without copying them: fewer than ``size`` if the stream ends."""
+        while size > 0:
+            if not self._piece:
+                self._piece = memoryview(self._receive())
+                if not self._piece:
+                    return
+            part, self._piece = self._piece[:size], self._piece[size:]
+            self._at += len(part)
+            size -= len(part)
+            yield part
+
+
+class ReceivedArchive(tarfile.TarFile):
+    """An archive sent by a container, one member after the other."""
+
     headers = 0
+
+    def __init__(self, receive: Callable[[], bytes | memoryview]) -> None:
+        """``receive`` returns the next piece, empty at the end.  Raises CopyError, tarfile.TarError."""
+        self.stream = _Stream(receive)
+        super().__init__(
+            fileobj=self.stream,  # type: ignore[arg-type]
+            tarinfo=_Member,
+            errors="surrogateescape",
+            encoding="utf-8",
+        )
 
     def next(self) -> tarfile.TarInfo | None:
         self.headers = 0
@@ -72,13 +119,17 @@ class _Archive(tarfile.TarFile):
         except (ValueError, LookupError, ArithmeticError) as error:  # from invalid numbers and maps
             raise CopyError(f"archive: the container sent a damaged header: {error}") from error
 
+    def write_contents(self, member: tarfile.TarInfo, target: int) -> None:
+        """Write the contents of the current member to a descriptor.  Raises tarfile.TarError, OSError."""
+        size = member.size
+        for part in self.stream.parts(size):
+            write_all(target, part)
+            size -= len(part)
+        if size:
+            raise tarfile.ReadError("unexpected end of data")
 
-def open_archive(stream: BinaryIO) -> tarfile.TarFile:
-    """Open an archive sent by a container.  Raises tarfile.TarError."""
-    return _Archive.open(fileobj=stream, mode="r|", tarinfo=_Member, errors="surrogateescape", encoding="utf-8")
 
-
-def unpack(archive: tarfile.TarFile, directory: Path, old: str, new: str) -> list[str]:
+def unpack(archive: ReceivedArchive, directory: Path, old: str, new: str) -> list[str]:
     """Unpack an archive whose names all begin with ``old``, as ``new`` in the directory, or into it with ".".
 
     New files get the archive's mode minus the umask, and belong to the caller.  Existing files are replaced but keep
@@ -112,13 +163,16 @@ def unpack(archive: tarfile.TarFile, directory: Path, old: str, new: str) -> lis
     return left_out
 
 
-def unpack_to(archive: tarfile.TarFile, target: BinaryIO) -> None:
-    """Write the one file of an archive to a device, a pipe or a FIFO.  Raises CopyError, OSError, TarError."""
+def unpack_to(archive: ReceivedArchive, target: int) -> None:
+    """Write the one file of an archive to a device, a pipe or a FIFO, given by its descriptor.
+
+    Raises CopyError, OSError, TarError.
+    """
     for member in archive:
-        source = archive.extractfile(member) if member.isfile() else None
-        if source is None:
+        if not member.isfile():
             raise CopyError(f"{member.name!r}: not a regular file; the target takes nothing else")
-        shutil.copyfileobj(source, target, 1 << 20)
+        _check_numbers(member)
+        archive.write_contents(member, target)
 
 
 def _check_numbers(member: tarfile.TarInfo) -> None:
@@ -142,7 +196,7 @@ def _make_directory(place: int, name: str, member: tarfile.TarInfo) -> bool:
 
 
 def _replace(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, place: int, name: str, root: int, old: str, new: str
+    archive: ReceivedArchive, member: tarfile.TarInfo, place: int, name: str, root: int, old: str, new: str
 ) -> None:
     """Create a file, a link or a FIFO under a temporary name, and rename it when complete."""
     there: os.stat_result | None = None
@@ -150,7 +204,7 @@ def _replace(
         there = os.stat(name, dir_fd=place, follow_symlinks=False)
     if there is not None and stat.S_ISDIR(there.st_mode):
         raise CopyError(f"{name}: is a directory; a file cannot replace it")
-    made = f".caisson-{uuid.uuid4().hex}"
+    made = f".caisson-{os.urandom(16).hex()}"
     try:
         if member.issym():
             os.symlink(member.linkname, made, dir_fd=place)
@@ -170,15 +224,14 @@ def _replace(
             os.unlink(made, dir_fd=place)
 
 
-def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, descriptor: int, there: os.stat_result | None) -> None:
-    source = archive.extractfile(member)
-    assert source is not None  # it is a regular file
-    with os.fdopen(descriptor, "wb") as file:
-        shutil.copyfileobj(source, file, 1 << 20)
-        file.flush()
+def _write(archive: ReceivedArchive, member: tarfile.TarInfo, descriptor: int, there: os.stat_result | None) -> None:
+    try:
+        archive.write_contents(member, descriptor)
         if there is not None and stat.S_ISREG(there.st_mode):
-            os.fchmod(file.fileno(), there.st_mode & MODE)
-        os.utime(file.fileno(), (member.mtime, member.mtime))
+            os.fchmod(descriptor, there.st_mode & MODE)
+        os.utime(descriptor, (member.mtime, member.mtime))
+    finally:
+        os.close(descriptor)
 
 
 def _parts(name: str, old: str, new: str) -> tuple[str, ...]:

@@ -49,9 +49,14 @@ def encode(fields: Iterable[tuple[int, int | str | bytes]]) -> bytes:
             out += varint(number << 3 | _VARINT) + varint(value)
         else:
             data = value.encode(errors="surrogateescape") if isinstance(value, str) else value
-            out += varint(number << 3 | _BYTES) + varint(len(data))
+            out += prefix(number, len(data))
             out += data
     return bytes(out)
+
+
+def prefix(number: int, size: int) -> bytes:
+    """Encode what precedes a field's data: strings, bytes and messages."""
+    return varint(number << 3 | _BYTES) + varint(size)
 
 
 def decode(message: Message) -> list[tuple[int, int | Message]]:
@@ -106,6 +111,6 @@ def _read_varint(message: bytes | memoryview, at: int) -> tuple[int, int]:
     raise WireError("the message is truncated, or a number is too long")
 
 
-def value_of(message: bytes, number: int) -> int | bytes | None:
+def value_of(message: Message, number: int) -> int | Message | None:
     """Return the last value of a field; None if it is absent.  Raises WireError."""
     return dict(decode(message)).get(number)

@@ -58,6 +58,7 @@ EXEC = Command(
         "caisson exec --tty sh",
         "caisson exec --guest dmesg",
     ),
+    is_short=True,
 )
 
 RUN = Command(
@@ -125,7 +126,7 @@ RUN = Command(
 SHELL = Command(
     "shell",
     "Open a shell in a container, or with --guest in the guest itself.",
-    "caisson.commands.program:shell",
+    "caisson.commands.execute:shell",
     details="The exit status is the shell's.",
     positionals=(
         Positional(
@@ -135,12 +136,13 @@ SHELL = Command(
     options=(Option("guest", "in the guest itself, outside all containers"), VM),
     runs_program=True,
     examples=("caisson shell", "caisson shell web"),
+    is_short=True,
 )
 
 CP = Command(
     "cp",
     "Copy files into a container or out of it.",
-    "caisson.commands.program:cp",
+    "caisson.commands.execute:cp",
     details="The container needs `sh` and `tar`.",
     positionals=(
         Positional("source", "PATH, or CONTAINER:PATH", FILE),
@@ -149,6 +151,7 @@ CP = Command(
     options=(VM,),
     examples=("caisson cp build/app default:/tmp", "caisson cp default:/etc/passwd ."),
     enters_container=True,
+    is_short=True,
 )
 
 SHARE = Command(

@@ -50,33 +50,47 @@ class Agent:
         self.answers = answers
         self.asked: list[tuple[str, bytes]] = []
         self.seen = threading.Condition()
-        self.connection: socket.socket | None = None
+        self._sending = threading.Lock()
 
     def serve(self, listening: socket.socket) -> None:
-        self.connection, _ = listening.accept()
-        reader = frames.FrameReader()
-        while data := self.connection.recv(1 << 16):
-            reader.feed(data)
-            while (frame := reader.next()) is not None:
-                request = ttrpc_pb2.Request.FromString(bytes(frame.data or b""))
-                with self.seen:
-                    self.asked.append((request.method, request.payload))
-                    self.seen.notify_all()
-                threading.Thread(target=self.answer, args=(frame.stream_id, request), daemon=True).start()
+        """Serve connections until the socket is shut down and they are closed."""
+        served = []
+        with suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                served.append(threading.Thread(target=self.serve_connection, args=(connection,), daemon=True))
+                served[-1].start()
+        for thread in served:
+            thread.join(30)
 
-    def answer(self, stream_id: int, request: ttrpc_pb2.Request) -> None:
+    def serve_connection(self, connection: socket.socket) -> None:
+        reader = frames.FrameReader()
+        answering = []
+        with connection, suppress(ConnectionResetError):
+            while data := connection.recv(1 << 16):
+                reader.feed(data)
+                while (frame := reader.next()) is not None:
+                    request = ttrpc_pb2.Request.FromString(bytes(frame.data or b""))
+                    with self.seen:
+                        self.asked.append((request.method, request.payload))
+                        self.seen.notify_all()
+                    arguments = connection, frame.stream_id, request
+                    answering.append(threading.Thread(target=self.answer, args=arguments, daemon=True))
+                    answering[-1].start()
+            for thread in answering:
+                thread.join(30)
+
+    def answer(self, connection: socket.socket, stream_id: int, request: ttrpc_pb2.Request) -> None:
         payload = answer(request.payload) if (answer := self.answers.get(request.method)) else None
-        assert self.connection is not None
-        if payload == b"end":
-            self.connection.shutdown(socket.SHUT_RDWR)
-        elif payload in REFUSALS:
-            said = caisson_pb2.ErrorDetails(reason=REFUSALS[payload], text="no such program")
-            detail = "caisson.ErrorDetails", said.SerializeToString()
-            failure = frames.failure(stream_id, StatusCode.NOT_FOUND, "kata's", detail)
-            self.connection.sendall(failure)
-        elif payload is not None:
-            with suppress(BrokenPipeError):  # the command has exited
-                self.connection.sendall(b"".join(frames.response(stream_id, [payload])))
+        with self._sending, suppress(OSError):  # the command has exited
+            if payload == b"end":
+                connection.shutdown(socket.SHUT_RDWR)
+            elif payload in REFUSALS:
+                said = caisson_pb2.ErrorDetails(reason=REFUSALS[payload], text="no such program")
+                detail = "caisson.ErrorDetails", said.SerializeToString()
+                connection.sendall(frames.failure(stream_id, StatusCode.NOT_FOUND, "kata's", detail))
+            elif payload is not None:
+                connection.sendall(b"".join(frames.response(stream_id, [payload])))
 
     def wait_for(self, method: str, count: int = 1) -> list[bytes]:
         """Return the payloads of a method's calls, once there are as many."""
@@ -123,9 +137,8 @@ def pretended(tmp_path: Path, **answers: Callable[[bytes], bytes | None]) -> Ite
         thread = threading.Thread(target=agent.serve, args=(listening,), daemon=True)
         thread.start()
         yield agent, [sys.executable, "-c", COMMAND, str(tmp_path / "agent.sock"), str(tmp_path / "modules")]
-        if agent.connection is not None:
-            thread.join(30)
-            agent.connection.close()
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join(30)
 
 
 def test_streams_and_status_pass_and_little_is_imported(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
+import signal
 import socket
 import stat
-from collections.abc import AsyncIterator
+import subprocess
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,84 +19,93 @@ import pytest
 
 from caisson.agent.client import AgentError
 from caisson.agent.client import copy as copying
-from caisson.agent.client.connection import Process
+from caisson.agent.client.bulk import STOP_TIMEOUT
 from caisson.agent.client.errors import CopyError
 from caisson.agent.rpc.codes import StatusCode
+from tests.support.poll import wait_until
 
 
 class LocalProcess:
-    """A process on this machine with the methods of Process."""
+    """A process on this machine with the methods of BulkProcess, which finds the tools of a directory."""
 
-    feed, _ahead = Process.feed, 1
-
-    def __init__(self, exec_id: str) -> None:
-        self.exec_id = exec_id
-        self.running: asyncio.subprocess.Process | None = None
+    def __init__(self, tools: Path) -> None:
+        self.exec_id = uuid.uuid4().hex
+        self._path = str(tools)
+        self.running: subprocess.Popen[bytes] | None = None
 
     @property
-    def process(self) -> asyncio.subprocess.Process:
+    def process(self) -> subprocess.Popen[bytes]:
         assert self.running is not None
         return self.running
 
-    async def write(self, data: bytes) -> None:
+    def start(self, document: Mapping[str, Any], timeout: float | None = None) -> None:
+        words = [shutil.which(document["args"][0], path=self._path) or "", *document["args"][1:]]
+        pipe = subprocess.PIPE
+        self.running = subprocess.Popen(
+            words, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, env={"PATH": self._path, "LC_ALL": "C"}
+        )
+
+    def send(self, data: memoryview) -> None:
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(data)
-            await self.process.stdin.drain()
-        except ConnectionError as error:
+            while data:
+                data = data[self.process.stdin.write(data) :]
+        except BrokenPipeError as error:
             raise AgentError(StatusCode.FAILED_PRECONDITION, "stdin is closed") from error
 
-    async def close_stdin(self) -> None:
+    def end_input(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
 
-    async def stdout(self) -> AsyncIterator[bytes]:
+    def receive(self) -> memoryview:
         assert self.process.stdout is not None
-        while data := await self.process.stdout.read(1 << 16):
-            yield data
+        return memoryview(os.read(self.process.stdout.fileno(), 1 << 16))
 
-    async def stderr(self) -> AsyncIterator[bytes]:
-        assert self.process.stderr is not None
-        while data := await self.process.stderr.read(1 << 16):
-            yield data
+    def read(self, method: str) -> memoryview:
+        assert self.process.stderr is not None and method == "ReadStderr"
+        return memoryview(os.read(self.process.stderr.fileno(), 1 << 16))
 
-    async def signal(self, number: int) -> None:
-        if self.process.returncode is not None:
-            raise AgentError(StatusCode.NOT_FOUND, "no such process")
+    def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    async def wait(self) -> int:
-        return await self.process.wait()
+    def wait(self) -> int:
+        return self.process.wait()
+
+    def stop(self) -> None:
+        if self.running is not None:
+            self.process.terminate()
+            self.end_input()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_TIMEOUT)
+
+    def close(self) -> None:
+        if self.running is not None:
+            self.process.kill()
+            self.process.wait()
 
 
-class LocalContainer:
+class Container:
     """Runs a container's commands here, with the tools of a directory."""
 
     def __init__(self, tools: Path) -> None:
-        self._path = tools
+        self._tools = tools
         self.ran: list[LocalProcess] = []
 
-    def process(self, exec_id: str) -> LocalProcess:
-        self.ran.append(LocalProcess(exec_id))
-        return self.ran[-1]
-
-    async def exec(self, words: list[str], env: list[str], exec_id: str) -> LocalProcess:
-        process = self.ran[-1]
-        words = [shutil.which(words[0], path=str(self._path)) or words[0], *words[1:]]
-        pipe = asyncio.subprocess.PIPE
-        process.running = await asyncio.create_subprocess_exec(
-            *words, stdin=pipe, stdout=pipe, stderr=pipe, env={"PATH": str(self._path), "LC_ALL": "C"}
-        )
-        return process
+    def copy(self, way: str, source: str, target: str) -> list[str]:
+        process: Any = LocalProcess(self._tools)
+        self.ran.append(process)
+        return (copying.put if way == "in" else copying.get)(process, source, target)
 
 
 @pytest.fixture(params=["busybox", "host"])
-async def container(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
-    made = LocalContainer(Path("/usr/bin") if request.param == "host" else busybox_tools(tmp_path))
+def container(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Container]:
+    made = Container(Path("/usr/bin") if request.param == "host" else busybox_tools(tmp_path))
     yield made
-    for process in (one for one in made.ran if one.running):
-        transport: Any = process.process._transport  # type: ignore[attr-defined]
-        transport.close()  # a pipe that nobody has read to EOF
+    for one in made.ran:
+        if one.running is not None:
+            for stream in (one.running.stdin, one.running.stdout, one.running.stderr):
+                assert stream is not None
+                stream.close()
 
 
 def busybox_tools(tmp_path: Path) -> Path:
@@ -146,13 +159,13 @@ TREE = {"sub", "sub/file", ".hidden", "link", "pipe", "same"}
         ("", "new/.", True, "new/tree"),
     ],
 )
-async def test_directories_go_where_cp_puts_them(
-    container: Any, source: Path, inside: Path, way: str, suffix: str, target: str, there: bool, found: str
+def test_directories_go_where_cp_puts_them(
+    container: Container, source: Path, inside: Path, way: str, suffix: str, target: str, there: bool, found: str
 ) -> None:
     if there:
         (inside / "new").mkdir(mode=0o711)
     words = f"{source}{suffix}", f"{inside}/{target}"
-    assert await (copying.put if way == "in" else copying.get)(container, *words) == []
+    assert container.copy(way, *words) == []
     assert listed(inside / found) - ({"tree"} if there else set()) == TREE
     assert (inside / found / "sub/file").read_bytes() == b"data" and (inside / found / "link").is_symlink()
     assert (inside / found / "same").stat().st_ino == (inside / found / "sub/file").stat().st_ino
@@ -162,12 +175,12 @@ async def test_directories_go_where_cp_puts_them(
 
 
 @pytest.mark.parametrize("way", ["in", "out"])
-async def test_a_tree_is_merged_into_what_is_there(container: Any, source: Path, inside: Path, way: str) -> None:
+def test_a_tree_is_merged_into_what_is_there(container: Container, source: Path, inside: Path, way: str) -> None:
     (inside / "sub").mkdir(mode=0o700)
     (inside / "sub/other").write_text("kept")
     (inside / "sub/file").write_text("old")
     (inside / "sub/file").chmod(0o600)
-    await (copying.put if way == "in" else copying.get)(container, f"{source}/.", str(inside))
+    container.copy(way, f"{source}/.", str(inside))
     assert listed(inside) == TREE | {"sub/other"}
     assert stat.S_IMODE((inside / "sub").stat().st_mode) == 0o700
     assert stat.S_IMODE((inside / "sub/file").stat().st_mode) == 0o600
@@ -176,34 +189,33 @@ async def test_a_tree_is_merged_into_what_is_there(container: Any, source: Path,
 
 @pytest.mark.parametrize("way", ["in", "out"])
 @pytest.mark.parametrize("name", [b"\xe9", b"a b'\"\\%$\n", b"-n", b"\xff\n"])
-async def test_names_are_bytes(container: Any, tmp_path: Path, inside: Path, way: str, name: bytes) -> None:
+def test_names_are_bytes(container: Container, tmp_path: Path, inside: Path, way: str, name: bytes) -> None:
     (tmp_path / os.fsdecode(name)).write_bytes(name)
     words = f"{tmp_path}/{os.fsdecode(name)}", str(inside)
-    await (copying.put if way == "in" else copying.get)(container, *words)
+    container.copy(way, *words)
     assert [os.fsencode(path.name) for path in inside.iterdir()] == [name]
-    await (copying.put if way == "in" else copying.get)(container, words[0], f"{inside}/{os.fsdecode(name)}.2")
+    container.copy(way, words[0], f"{inside}/{os.fsdecode(name)}.2")
     assert len(list(inside.iterdir())) == 2
 
 
 @pytest.mark.parametrize("way", ["in", "out"])
-async def test_sockets_and_devices_are_named(container: Any, source: Path, inside: Path, way: str) -> None:
-    work = copying.put if way == "in" else copying.get
+def test_sockets_and_devices_are_named(container: Container, source: Path, inside: Path, way: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(source / "s"))
         with pytest.raises(CopyError, match=r"/s: a socket cannot be copied"):
-            await work(container, f"{source}/s", str(inside))
+            container.copy(way, f"{source}/s", str(inside))
         with pytest.raises(CopyError, match="/dev/null: a device cannot be copied"):
-            await work(container, "/dev/null", str(inside))
-        (left_out,) = await work(container, str(source), f"{inside}/new")
+            container.copy(way, "/dev/null", str(inside))
+        (left_out,) = container.copy(way, str(source), f"{inside}/new")
     assert "s" in left_out and listed(inside / "new") == TREE
 
 
 @pytest.mark.parametrize("way", ["in", "out"])
 @pytest.mark.parametrize("path", ["/proc/self/status", "/proc/cpuinfo", "/sys/kernel/mm/transparent_hugepage/enabled"])
-async def test_files_of_the_kernel_are_read_to_their_end(container: Any, inside: Path, way: str, path: str) -> None:
+def test_files_of_the_kernel_are_read_to_their_end(container: Container, inside: Path, way: str, path: str) -> None:
     if not Path(path).exists():
         pytest.skip(f"no {path}")
-    await (copying.put if way == "in" else copying.get)(container, path, f"{inside}/copy")
+    container.copy(way, path, f"{inside}/copy")
     copied = (inside / "copy").read_bytes()
     assert copied and b"\0" not in copied
     if "self" not in path:
@@ -222,40 +234,53 @@ async def test_files_of_the_kernel_are_read_to_their_end(container: Any, inside:
         ("{source}/same", "{inside}/full", "is a directory|directory"),
     ],
 )
-async def test_what_cannot_be_copied_is_one_line(
-    container: Any, source: Path, inside: Path, way: str, given: str, target: str, why: str
+def test_what_cannot_be_copied_is_one_line(
+    container: Container, source: Path, inside: Path, way: str, given: str, target: str, why: str
 ) -> None:
     (inside / "file").write_text("kept")
     (inside / "full/same").mkdir(parents=True)
     names = {"source": source, "inside": inside}
     with pytest.raises(CopyError, match=why) as error:
-        await (copying.put if way == "in" else copying.get)(container, given.format(**names), target.format(**names))
+        container.copy(way, given.format(**names), target.format(**names))
     assert "\n" not in str(error.value)
     assert listed(inside) == {"file", "full", "full/same"} and (inside / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize("way", ["in", "out"])
-async def test_a_device_is_written_to_and_stays(container: Any, source: Path, way: str) -> None:
+def test_a_device_is_written_to_and_stays(container: Container, source: Path, way: str) -> None:
     before = Path("/dev/null").stat()
-    await (copying.put if way == "in" else copying.get)(container, f"{source}/same", "/dev/null")
+    container.copy(way, f"{source}/same", "/dev/null")
     assert os.path.samestat(before, Path("/dev/null").stat())
 
 
 @pytest.mark.parametrize("way", ["in", "out"])
-async def test_interrupted_it_leaves_no_process_and_no_partial_file(
-    container: Any, tmp_path: Path, inside: Path, way: str
+def test_interrupted_it_leaves_no_process_and_no_partial_file(
+    container: Container, tmp_path: Path, inside: Path, way: str
 ) -> None:
     with (tmp_path / "big").open("wb") as big:
         big.truncate(2 << 30)
-    work = copying.put if way == "in" else copying.get
     (inside / "big").write_text("before")
-    task = asyncio.create_task(work(container, str(tmp_path / "big"), str(inside)))
-    while not [path for path in inside.iterdir() if path.name.startswith(".caisson-")] or not container.ran[0].running:
-        await asyncio.sleep(0.01)
-        assert not task.done()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+
+    def interrupt() -> None:
+        wait_until(lambda: list(inside.glob(".caisson-*")), "it is copying")
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def raise_it(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGUSR1, raise_it)
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    try:
+        with pytest.raises(Interrupted):
+            container.copy(way, str(tmp_path / "big"), str(inside))
+    finally:
+        interrupter.join()
+        signal.signal(signal.SIGUSR1, before)
     (process,) = container.ran
-    assert process.process.returncode is not None
+    assert process.process.returncode not in (None, -signal.SIGKILL)
     assert [path.name for path in inside.iterdir()] == ["big"] and (inside / "big").read_text() == "before"
+
+
+class Interrupted(BaseException):
+    """What Ctrl-C raises."""

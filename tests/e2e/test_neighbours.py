@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from caisson.agent.client import Agent, Container, default_spec
-from caisson.agent.client.copy import get, put
+from caisson.agent.client.copy import copy
 from caisson.agent.client.errors import AgentError
 from caisson.agent.client.guest import Guest
 from caisson.agent.guest import cgroupfs
@@ -55,13 +55,13 @@ async def run(container: Container, *words: str) -> bytes:
     return output
 
 
-def operations(agent: Agent, quiet: Container, directory: Path) -> dict[str, Operation]:
+def operations(vm: Caisson, agent: Agent, quiet: Container, directory: Path) -> dict[str, Operation]:
     """Return operations that must keep working in a container, whatever its neighbour does."""
     name = quiet.id
 
-    async def copy() -> None:
-        await put(quiet, str(directory / "file"), "/tmp/there")
-        await get(quiet, "/tmp/there", str(directory / "back"))
+    async def copy_both_ways() -> None:
+        await asyncio.to_thread(copy, machine(vm), str(directory / "file"), f"{name}:/tmp/there")
+        await asyncio.to_thread(copy, machine(vm), f"{name}:/tmp/there", str(directory / "back"))
         assert (directory / "back").read_bytes() == (directory / "file").read_bytes()
 
     async def listed() -> None:
@@ -71,7 +71,7 @@ def operations(agent: Agent, quiet: Container, directory: Path) -> dict[str, Ope
     async def stats() -> None:
         await agent.rpc.StatsContainer(agent_pb2.StatsContainerRequest(container_id=name))
 
-    return {"exec": lambda: run(quiet, "true"), "ps": listed, "cp": copy, "stats": stats}
+    return {"exec": lambda: run(quiet, "true"), "ps": listed, "cp": copy_both_ways, "stats": stats}
 
 
 async def times(wanted: dict[str, Operation]) -> dict[str, float]:
@@ -93,10 +93,10 @@ async def test_a_hostile_neighbour_slows_nobody_by_much(vm: Caisson, hog: Path, 
         flooding = await guest.agent.create_container("flood", flood)
         await guest.agent.guest.KeepLog(caisson_pb2.KeepLogRequest(container_id="flood", max_bytes=1 << 20))
         try:
-            wanted = operations(guest.agent, quiet, tmp_path)
+            wanted = operations(vm, guest.agent, quiet, tmp_path)
             await times(wanted)
             before = await times(wanted)
-            await put(hostile, str(hog), "/tmp/hog")
+            await asyncio.to_thread(copy, machine(vm), str(hog), "hostile:/tmp/hog")
             hogs = [await hostile.exec(["/tmp/hog"])]
             print((await anext(hogs[0].stdout())).decode())
             await flooding.start()

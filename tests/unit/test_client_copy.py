@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import io
 import os
 import stat
 import tarfile
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from caisson.agent.client import AgentGone
-from caisson.agent.client.connection import Process
 from caisson.agent.client.copy import Location, get, put
 from caisson.agent.client.diagnostics import MAX_LINE, AgentLines
 from caisson.agent.client.errors import CopyError, UsageError
-from caisson.agent.client.unpack import MAX_HEADER, open_archive, unpack
+from caisson.agent.client.unpack import MAX_HEADER, ReceivedArchive, unpack
 
 
-def archive(*members: tuple[str, dict[str, Any]]) -> tarfile.TarFile:
+def archive(*members: tuple[str, dict[str, Any]]) -> ReceivedArchive:
     """Return a stream of members: a name, its fields, and `data` for a file's contents."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as made:
@@ -34,7 +33,11 @@ def archive(*members: tuple[str, dict[str, Any]]) -> tarfile.TarFile:
             for field, value in fields.items():
                 setattr(member, field, value)
             made.addfile(member, io.BytesIO(data))
-    return open_archive(io.BytesIO(stream.getvalue()))
+    return opened(stream.getvalue())
+
+
+def opened(whole: bytes) -> ReceivedArchive:
+    return ReceivedArchive(partial(io.BytesIO(whole).read, 1000))
 
 
 FOLDER = {"type": tarfile.DIRTYPE, "mode": 0o755}
@@ -138,44 +141,38 @@ def test_copy_rejects_malformed_locations(text: str) -> None:
         Location.parse(text)
 
 
-class DyingGuest:
-    """A container and its processes in a guest that dies after a few blocks."""
+class DyingProcess:
+    """A process in a guest that dies after a few blocks."""
+
+    exec_id = "1"
 
     def __init__(self) -> None:
         self._blocks = 0
-        self._gone = asyncio.Event()
+        self._gone = threading.Event()
+        self.said: list[str] = []
 
-    exec_id = "1"
-    feed, _ahead = Process.feed, 1
+    def start(self, document: Mapping[str, Any], timeout: float | None = None) -> None:
+        self.said.append("start")
 
-    def process(self, exec_id: str) -> Any:
-        return self
-
-    async def exec(self, words: list[str], env: list[str], exec_id: str) -> Any:
-        return self
-
-    async def wait(self) -> int:
-        return 0
-
-    async def signal(self, number: int) -> None:
-        raise AgentGone("the agent does not answer")
-
-    async def write(self, data: bytes) -> None:
+    def send(self, data: memoryview) -> None:
         self._blocks += 1
         if self._blocks > 3:
             self._gone.set()
             raise AgentGone("the agent does not answer")
 
-    async def stdout(self) -> AsyncIterator[bytes]:
-        while True:
-            await self.write(b"")
-            yield bytes(65536)
+    def receive(self) -> memoryview:
+        self.send(memoryview(b""))
+        return memoryview(header_of(tarfile.REGTYPE, 1 << 30) if self._blocks == 1 else bytes(65536))
 
-    async def stderr(self) -> AsyncIterator[bytes]:
-        while True:
-            await self._gone.wait()
-            await self.write(b"")
-            yield b""
+    def read(self, method: str) -> memoryview:
+        assert self._gone.wait(60)
+        raise AgentGone("the agent does not answer")
+
+    def stop(self) -> None:
+        self.said.append("stop")
+
+    def close(self) -> None:
+        self.said.append("close")
 
 
 def descriptors() -> set[str]:
@@ -183,22 +180,19 @@ def descriptors() -> set[str]:
 
 
 @pytest.mark.parametrize("way", ["there", "back"])
-async def test_a_guest_that_dies_meanwhile(tmp_path: Path, way: str) -> None:
-    (tmp_path / "big").write_bytes(bytes(4 << 20))
+def test_a_guest_that_dies_meanwhile(tmp_path: Path, way: str) -> None:
+    (tmp_path / "big").write_bytes(bytes(8 << 20))
     (tmp_path / "target").mkdir()
     before = descriptors()
-    complaints: list[dict[str, Any]] = []
-
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-    guest: Any = DyingGuest()
+    dying = DyingProcess()
+    process: Any = dying
     with pytest.raises(AgentGone):
         if way == "there":
-            await put(guest, str(tmp_path / "big"), "/tmp")
+            put(process, str(tmp_path / "big"), "/tmp")
         else:
-            await get(guest, "/big", str(tmp_path / "target"))
-    assert len(asyncio.all_tasks()) == 1
-    gc.collect()
-    assert complaints == []
+            get(process, "/x", str(tmp_path / "target"))
+    assert dying.said == ["start", "stop", "close"]
+    assert list((tmp_path / "target").iterdir()) == []
     assert descriptors() <= before
 
 
@@ -289,7 +283,7 @@ def test_a_damaged_header_is_not_the_end(tmp_path: Path, damage: Callable[[bytes
             member.size = 1
             made.addfile(member, io.BytesIO(b"x"))
     with pytest.raises(CopyError, match="damaged header"):
-        unpack(open_archive(io.BytesIO(damage(whole.getvalue()))), tmp_path, "a", ".")
+        unpack(opened(damage(whole.getvalue())), tmp_path, "a", ".")
 
 
 class Endless(io.RawIOBase):
@@ -340,9 +334,8 @@ RUN = b"00000000001\0" * 2
     ids=["large", "negative", "pax", "long names", "negative file", "a map without an end"],
 )
 def test_a_header_without_end_is_refused_unread(tmp_path: Path, begin: bytes, block: bytes, why: str) -> None:
-    stream: Any = Endless(begin, block)
     with pytest.raises(CopyError, match=why):
-        unpack(open_archive(stream), tmp_path, "a", "a")
+        unpack(ReceivedArchive(partial(Endless(begin, block).read, 512)), tmp_path, "a", "a")
 
 
 def test_members_are_not_hoarded(tmp_path: Path) -> None:
@@ -359,5 +352,5 @@ def test_a_file_that_is_cut_short_does_not_appear(tmp_path: Path) -> None:
         made.addfile(member, io.BytesIO(bytes(100_000)))
     (tmp_path / "a").write_text("before")
     with pytest.raises(tarfile.TarError):
-        unpack(open_archive(io.BytesIO(whole.getvalue()[:50_000])), tmp_path, "a", "a")
+        unpack(opened(whole.getvalue()[:50_000]), tmp_path, "a", "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "before"

@@ -34,8 +34,8 @@ REMOTE_CLOSED, REMOTE_OPEN, NO_DATA = 0x1, 0x2, 0x4
 #: Prefix of a message type's name in the details of a status (google/protobuf/any.proto).
 TYPE_URL = "type.googleapis.com/"
 
-#: The field of a Response that holds the method's response, as its first byte on the wire.
-_PAYLOAD = b"\x12"
+#: The field of a Response that holds the method's response.
+_PAYLOAD = 2
 
 
 class Frame:
@@ -143,12 +143,27 @@ def request(
     metadata: Iterable[tuple[str, str]] = (),
 ) -> bytes:
     """Encode a request's frame; ``timeout`` in seconds.  Raises ValueError if it exceeds MAX_DATA."""
+    return b"".join(request_pieces(stream_id, service, method, [payload], timeout, metadata))
+
+
+def request_pieces(
+    stream_id: int,
+    service: str,
+    method: str,
+    pieces: Sequence[Buffer],
+    timeout: float | None = None,
+    metadata: Iterable[tuple[str, str]] = (),
+) -> list[Buffer]:
+    """Encode a request's frame as ``request``, from the pieces of the method's request, without copying them."""
+    size = sum(map(len, pieces))
     nanoseconds = 0 if timeout is None else max(1, int(timeout * 1e9))
     pairs = [(5, wire.encode([(1, key), (2, value)])) for key, value in metadata]
-    data = wire.encode([(1, service), (2, method), (3, payload), (4, nanoseconds), *pairs])
-    if len(data) > MAX_DATA:
-        raise ValueError(f"{service}/{method}: a request of {len(data)} bytes; ttrpc carries {MAX_DATA}")
-    return frame(stream_id, REQUEST, data)
+    before = wire.encode([(1, service), (2, method)]) + (wire.prefix(3, size) if size else b"")
+    after = wire.encode([(4, nanoseconds), *pairs])
+    length = len(before) + size + len(after)
+    if length > MAX_DATA:
+        raise ValueError(f"{service}/{method}: a request of {length} bytes; ttrpc carries {MAX_DATA}")
+    return [_HEADER.pack(length, stream_id, REQUEST, 0) + before, *pieces, after]
 
 
 def response(stream_id: int, pieces: Sequence[bytes]) -> list[bytes]:
@@ -159,7 +174,7 @@ def response(stream_id: int, pieces: Sequence[bytes]) -> list[bytes]:
     size = sum(map(len, pieces))
     if not size:
         return [_HEADER.pack(0, stream_id, RESPONSE, 0)]
-    prefix = _PAYLOAD + wire.varint(size)
+    prefix = wire.prefix(_PAYLOAD, size)
     length = len(prefix) + size
     if length > MAX_DATA:
         return [failure(stream_id, StatusCode.INVALID_ARGUMENT, too_long(length))]

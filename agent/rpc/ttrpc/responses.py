@@ -42,18 +42,23 @@ class ConnectionClosed(RpcError):
 
 def payload_of(frame: frames.Frame) -> bytes:
     """Return a response's payload, or raise its RpcError."""
+    return bytes(payload_view(frame))
+
+
+def payload_view(frame: frames.Frame) -> memoryview:
+    """Return a response's payload where it was received, or raise its RpcError."""
     if frame.data is None:
         raise RpcError(StatusCode.RESOURCE_EXHAUSTED, frames.too_long(frame.length))
-    payload = status = b""
+    payload = status = memoryview(b"")
     try:
-        for number, value in wire.decode(bytes(frame.data)):
-            if isinstance(value, bytes):
+        for number, value in wire.decode(memoryview(frame.data)):
+            if isinstance(value, memoryview):
                 if number == 1:
                     status = value
                 elif number == 2:
                     payload = value
         if status:
-            _raise_unless_ok(status)
+            _raise_unless_ok(bytes(status))
     except wire.WireError:
         raise RpcError(StatusCode.INTERNAL, "the response is not a valid ttrpc.Response") from None
     return payload
