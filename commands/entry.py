@@ -12,7 +12,7 @@ from importlib import import_module
 
 from caisson.agent.base import lazyimport
 
-DEFERRED = (*lazyimport.LATE, "difflib", "ipaddress", "platform", "shutil", "ssl", "textwrap", "traceback")
+DEFERRED = (*lazyimport.LATE, "asyncio", "difflib", "ipaddress", "platform", "shutil", "ssl", "textwrap", "traceback")
 
 
 def main(more: str = "") -> int:

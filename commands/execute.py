@@ -10,30 +10,19 @@ import sys
 from collections.abc import Iterator
 
 from caisson.agent.base.lazyimport import load_deferred
-from caisson.agent.base.record import Record
 from caisson.agent.client.caller import DEFAULT, user_document
-from caisson.agent.client.errors import AgentGone, ClientError, UsageError, explain_container_errors
+from caisson.agent.client.errors import UsageError, explain_container_errors
 from caisson.agent.client.execute import execute
+from caisson.commands.running import explain_exit, running_vm
 from caisson.commands.streams import info, reporter
-from caisson.image.vm.directory import find_running
+from caisson.image.vm.running import find_vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pathlib import Path
-    from typing import Any
-
     from caisson.agent.client.guest import Machine
-    from caisson.image.vm.directory import VMDirectory
 
 #: An interactive shell: bash if available.
 SHELL = ["sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
-
-
-class RunningMachine(Record):
-    """The part of a running VM that the client needs."""
-
-    directory: Path
-    agent_socket: Path
 
 
 def exec_(
@@ -60,10 +49,9 @@ def shell(*, container: str, guest: bool, name: str) -> int:
     """Open an interactive shell; returns its exit status."""
     terminal = sys.stdin.isatty()
     if not guest:
-        with running_machine(name) as machine:
-            return execute(machine, container, SHELL, terminal=terminal)
+        with running_vm(name, answering=False) as vm:
+            return execute(vm, container, SHELL, terminal=terminal)
     load_deferred()
-    from caisson.commands.machines import running_vm
     from caisson.commands.program import execute_in_guest
 
     with running_vm(name) as vm:
@@ -75,8 +63,8 @@ def cp(*, source: str, target: str, name: str) -> int:
     from caisson.agent.client.copy import copy, parse_locations  # late: exec needs none of it
 
     from_, to = parse_locations(source, target)
-    with running_machine(name) as machine, explain_container_errors(from_.container or to.container):
-        left_out = copy(machine, source, target, info)
+    with running_vm(name, answering=False) as vm, explain_container_errors(from_.container or to.container):
+        left_out = copy(vm, source, target, info)
     for one in left_out:
         info(f"not copied: {one}")
     return int(bool(left_out))
@@ -85,7 +73,7 @@ def cp(*, source: str, target: str, name: str) -> int:
 @contextlib.contextmanager
 def _machine(name: str, network: str, verbose: bool) -> Iterator[Machine]:
     """Yield the running VM of this name, or otherwise the one from `find_or_boot_vm`.  Raises VMError, UsageError."""
-    found = None if network else find_running(name or "default")
+    found = None if network else find_vm(name or "default")
     if found is None:
         load_deferred()
         from caisson.commands.machines import find_or_boot_vm
@@ -93,39 +81,8 @@ def _machine(name: str, network: str, verbose: bool) -> Iterator[Machine]:
         with find_or_boot_vm(name, reporter(verbose), answering=False, network=network) as vm:
             yield vm
         return
-    with _explain_exit(*found) as machine:
-        yield machine
-
-
-@contextlib.contextmanager
-def running_machine(name: str) -> Iterator[Machine]:
-    """Yield the running VM of this name, waiting for the agent of one that starts.  Raises VMError."""
-    found = find_running(name)
-    if found is not None and found[1].get("state") == "running":
-        with _explain_exit(*found) as machine:
-            yield machine
-        return
-    load_deferred()
-    from caisson.commands.machines import running_vm
-
-    with running_vm(name) as vm:
-        yield vm
-
-
-@contextlib.contextmanager
-def _explain_exit(directory: VMDirectory, info: dict[str, Any]) -> Iterator[RunningMachine]:
-    """Yield a running VM; if it exits within the block, raise VMEnded with its reason."""
-    try:
-        yield RunningMachine(directory.path, directory.agent_socket)
-    except (AgentGone, ClientError, FileNotFoundError) as error:
-        if not isinstance(error, AgentGone) and directory.is_running():
-            raise
-        load_deferred()
-        from caisson.commands.machines import explain_exit
-        from caisson.image.vm import VM
-
-        with explain_exit(VM(directory, info)):
-            raise
+    with explain_exit(found):
+        yield found
 
 
 def check_terminal(wanted: bool) -> None:

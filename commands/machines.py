@@ -1,4 +1,4 @@
-"""Find the VM for a command, or boot one."""
+"""Find the VM for a command, or boot one, from an image that is built if needed."""
 
 from __future__ import annotations
 
@@ -6,57 +6,28 @@ import contextlib
 import dataclasses
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from caisson import image as images
 from caisson.agent import client
-from caisson.agent.client.errors import AgentGone, ClientError, UsageError
-from caisson.agent.client.guest import call_sync
+from caisson.agent.client.connection import call_sync
+from caisson.agent.client.errors import UsageError
 from caisson.agent.client.network import configure
+from caisson.commands.running import await_agent, explain_exit
 from caisson.image.programs import DEBIAN_KEYRING, TO_BOOT, TO_BUILD, require
-from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm
-from caisson.image.vm.errors import VMEnded
+from caisson.image.vm import VM, RunningVM, VMConfig, find_vm, get_vm
 from caisson.image.vm.network import Publish
 from caisson.image.vm.qemu import architecture_of
 
 #: Run by a VM's supervisor after this machine was suspended: guests' clocks stood still meanwhile.
 RESUME_COMMAND = (sys.executable, "-m", "caisson.agent.client.identity")
 
-#: Seconds for the agent of a running VM to answer, and between checks that the VM is still running.
-AGENT_TIMEOUT = 60.0
-CHECK_INTERVAL = 3.0
-
-#: Seconds for a VM to exit after its agent is gone.
-EXIT_TIMEOUT = 2.0
-
-
-@contextlib.contextmanager
-def running_vm(name: str) -> Iterator[VM]:
-    """Find the running VM of this name, whose agent answers; if it exits within the block, report that.
-
-    Raises VMError.
-    """
-    with explain_exit(get_vm(name)) as vm:
-        _await_agent(vm)
-        yield vm
-
-
-def _await_agent(vm: VM) -> None:
-    """Wait until the agent of a running VM answers.  Raises VMError."""
-    deadline = time.monotonic() + AGENT_TIMEOUT
-    while not client.is_serving(vm.agent_socket, timeout=CHECK_INTERVAL):
-        if (reason := vm.exit_reason(timeout=0)) is not None:
-            raise VMEnded(vm.name, reason)
-        if time.monotonic() > deadline:
-            raise VMError(f"VM {vm.name!r}: its agent does not answer; see {vm.directory / 'console.log'}")
-
 
 @contextlib.contextmanager
 def find_or_boot_vm(
     name: str, report: Callable[[str], None], *, answering: bool = True, network: str = "", publish: Sequence[str] = ()
-) -> Iterator[VM]:
+) -> Iterator[RunningVM]:
     """Find the VM of this name; without a name the running default one, or boot one for the duration of this block.
 
     Unless ``answering``, the caller waits for the agent of an already running VM.  Only a VM booted for the block can
@@ -69,7 +40,7 @@ def find_or_boot_vm(
     if name or find_vm("default") is not None:
         with explain_exit(get_vm(name or "default")) as vm:
             if answering:
-                _await_agent(vm)
+                await_agent(vm)
             yield vm
     else:
         config = VMConfig(
@@ -81,21 +52,6 @@ def find_or_boot_vm(
             if config.network != "none":
                 call_sync(vm, lambda agent: configure(agent, vm.info["network"]))
             yield vm
-
-
-@contextlib.contextmanager
-def explain_exit(vm: VM) -> Iterator[VM]:
-    """If the VM has exited, raise VMEnded with its reason, in place of a connection or file error."""
-    try:
-        yield vm
-    except VMEnded:
-        raise
-    except (AgentGone, VMError, ClientError, FileNotFoundError, ConnectionRefusedError) as error:
-        lost = isinstance(error, AgentGone)
-        reason = vm.exit_reason(timeout=EXIT_TIMEOUT if lost else 0)
-        if reason is None:
-            raise
-        raise VMEnded(vm.name, reason) from error
 
 
 def image_directory(path: str, report: Callable[[str], None], also: tuple[str, ...] = ()) -> Path:

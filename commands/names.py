@@ -21,7 +21,7 @@ def _vms(_: Mapping[str, str]) -> Sequence[str]:
 
 
 def _containers(values: Mapping[str, str]) -> Sequence[str]:
-    from caisson.agent.client.guest import container_registry
+    from caisson.agent.client.registry import container_registry
     from caisson.image.vm import get_vm
 
     return container_registry(get_vm(values.get("name", "default"))).names()

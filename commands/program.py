@@ -9,25 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.client import AgentError, foreground
+from caisson.agent.client import foreground
 from caisson.agent.client import forward as forwarding
 from caisson.agent.client import share as mounting
+from caisson.agent.client.connection import call_sync
 from caisson.agent.client.errors import UsageError, explain_container_errors
-from caisson.agent.client.guest import (
-    Guest,
-    active_forwards,
-    call_sync,
-    container_registry,
-    forward_registry,
-)
-from caisson.commands.machines import running_vm
+from caisson.agent.client.guest import Guest
+from caisson.agent.client.registry import active_forwards, container_registry, forward_registry
+from caisson.commands.container import remove_orphaned
+from caisson.commands.running import running_vm
 from caisson.commands.streams import info
-from caisson.image.vm import VM, VMError
+from caisson.image.vm import RunningVM
 from caisson.image.vm.hotplug import share as sharing
-from caisson.image.vm.hotplug.disks import unplug_unused
 
 
-def execute_in_guest(vm: VM, words: Sequence[str], *, terminal: bool, **options: Any) -> int:
+def execute_in_guest(vm: RunningVM, words: Sequence[str], *, terminal: bool, **options: Any) -> int:
     """Run a program in the guest itself; its temporary container is leased, in case this process is killed."""
     remove_orphaned(vm)
     container, registry = f"guest-{uuid.uuid4().hex[:8]}", container_registry(vm)
@@ -36,27 +32,6 @@ def execute_in_guest(vm: VM, words: Sequence[str], *, terminal: bool, **options:
             return asyncio.run(foreground.execute_in_guest(vm, container, words, terminal=terminal, **options))
         finally:
             registry.discard(container)
-
-
-def remove_orphaned(vm: VM) -> None:
-    """Remove the containers whose `run` was killed."""
-    for container in container_registry(vm).orphaned():
-        with contextlib.suppress(AgentError):  # it may not have been created
-            remove_container(vm, container, timeout=30)
-        release_disk(vm, container)
-
-
-def remove_container(vm: VM, container: str, timeout: int) -> None:
-    """Kill a container and remove it.  Raises AgentError."""
-    call_sync(vm, lambda agent: agent.container(container).remove(timeout))
-
-
-def release_disk(vm: VM, container: str) -> None:
-    """Unregister a removed container, and unplug disks that no other container uses."""
-    registry = container_registry(vm)
-    registry.discard(container)
-    with contextlib.suppress(VMError):  # they disappear with the VM
-        unplug_unused(vm, lambda: {str(registry.metadata(other).get("disk")) for other in registry.names()})
 
 
 def share(*, directory: str, name: str, container: str, at: str, tag: str, writable: bool, only_plug: bool) -> None:
@@ -96,7 +71,7 @@ def forward(*, ports: str, reverse: bool, container: str, name: str) -> None:
         asyncio.run(_forward(vm, rule, reverse, container))
 
 
-async def _forward(vm: VM, rule: forwarding.ForwardRule, reverse: bool, container: str) -> None:
+async def _forward(vm: RunningVM, rule: forwarding.ForwardRule, reverse: bool, container: str) -> None:
     async with contextlib.AsyncExitStack() as stack:
         where: forwarding.ForwardRule | Path = rule
         if rule.kind == "tcp":

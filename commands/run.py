@@ -13,17 +13,17 @@ from typing import Any
 
 from caisson.agent.client import foreground, run_specs
 from caisson.agent.client.errors import UsageError
-from caisson.agent.client.guest import container_registry, guest_cpus, guest_memory
-from caisson.agent.client.listing import show
+from caisson.agent.client.guest import guest_cpus, guest_memory
+from caisson.agent.client.registry import container_registry
+from caisson.commands.container import release_disk, remove_orphaned
 from caisson.commands.execute import check_terminal
 from caisson.commands.machines import find_or_boot_vm
-from caisson.commands.program import release_disk, remove_orphaned
-from caisson.commands.streams import info, reporter
+from caisson.commands.streams import info, print_table, reporter
 from caisson.image.build.cache import Cache, default_root
 from caisson.image.containers import store
 from caisson.image.containers.oci import pack_image
 from caisson.image.programs import TO_PACK, require
-from caisson.image.vm import VM, VMError
+from caisson.image.vm import RunningVM, VMError
 from caisson.image.vm.hotplug import share as sharing
 from caisson.image.vm.hotplug.disks import plug_disk
 
@@ -104,7 +104,7 @@ def _parse_volume(text: str) -> tuple[Path, str, bool]:
 
 
 def _share(
-    vm: VM, volumes: Sequence[tuple[Path, str, bool]], stack: contextlib.ExitStack
+    vm: RunningVM, volumes: Sequence[tuple[Path, str, bool]], stack: contextlib.ExitStack
 ) -> list[run_specs.SharedVolume]:
     """Share directories with the guest; the stack unplugs the newly added ones.  Raises VMError."""
     found = []
@@ -116,7 +116,7 @@ def _share(
     return found
 
 
-def _unshare(vm: VM, tag: str) -> None:
+def _unshare(vm: RunningVM, tag: str) -> None:
     with contextlib.suppress(VMError):  # another container has mounted it since, or the VM has exited
         sharing.unshare(vm, tag)
 
@@ -132,7 +132,7 @@ def images(*, as_json: bool) -> None:
         row | {"size": f"{row['size'] / 1e6:.1f} MB", "used": f"{datetime.fromtimestamp(row['used']):%Y-%m-%d %H:%M}"}
         for row in rows
     )
-    show(("name", "id", "size", "used"), rows, shown, as_json=as_json)
+    print_table(("name", "id", "size", "used"), rows, shown, as_json=as_json)
 
 
 def rmi(*, image: str) -> None:

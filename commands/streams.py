@@ -10,11 +10,13 @@ from collections.abc import Callable
 
 from caisson.commands.declare import WRONG_USAGE
 from caisson.commands.parse import CommandLineError
-from caisson.proto.foreign_text import TerminalFilter, printable
+from caisson.proto.foreign_text import TerminalFilter, one_line, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
+    from typing import Any
 
 STANDARD = (0, 1, 2)
 
@@ -120,3 +122,19 @@ def console_writer() -> Callable[[bytes], None]:
         sys.stdout.buffer.flush()
 
     return write
+
+
+def print_table(columns: Sequence[str], data: object, rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print data as JSON, or rows as a table, each on one line."""
+    if as_json:
+        import json  # late, as below: a short command has no time for what it does not use
+
+        print(json.dumps(data, indent=2))
+        return
+    table = [
+        columns,
+        *(["-" if row.get(column) is None else one_line(str(row[column])) for column in columns] for row in rows),
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from caisson.agent.client.caller import PATH, OutputError
-    from caisson.agent.client.channel import ReadinessProbe, is_serving
     from caisson.agent.client.connection import Agent, Container, Process
     from caisson.agent.client.diagnostics import BootTimes, boot_times
     from caisson.agent.client.errors import AgentError, AgentGone, ProgramError, Reason, UsageError
     from caisson.agent.client.identity import is_personalized, personalize
+    from caisson.agent.client.readiness import ReadinessProbe, is_serving
     from caisson.agent.client.registry import Registry
     from caisson.agent.client.specs import default_spec, keep_alive
     from caisson.agent.client.stdio import attach
@@ -41,7 +41,7 @@ _FROM = {
     "PATH": "caisson.agent.client.caller",
     "Process": "caisson.agent.client.connection",
     "ProgramError": "caisson.agent.client.errors",
-    "ReadinessProbe": "caisson.agent.client.channel",
+    "ReadinessProbe": "caisson.agent.client.readiness",
     "Reason": "caisson.agent.client.errors",
     "Registry": "caisson.agent.client.registry",
     "StatusCode": "caisson.agent.rpc.codes",
@@ -50,7 +50,7 @@ _FROM = {
     "boot_times": "caisson.agent.client.diagnostics",
     "default_spec": "caisson.agent.client.specs",
     "is_personalized": "caisson.agent.client.identity",
-    "is_serving": "caisson.agent.client.channel",
+    "is_serving": "caisson.agent.client.readiness",
     "keep_alive": "caisson.agent.client.specs",
     "personalize": "caisson.agent.client.identity",
 }

@@ -7,21 +7,24 @@ import json
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
 
 from caisson.agent.base import heap
 from caisson.agent.client.caller import CHUNK
-from caisson.agent.client.channel import AgentChannel, TtrpcChannel
+from caisson.agent.client.channel import AgentChannel, BlockingChannel, TtrpcChannel
 from caisson.agent.client.errors import AgentError, Reason
 from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata3 import agent_pb2
 
 if TYPE_CHECKING:
+    from caisson.agent.client.guest import Machine
     from caisson.proto.kata1 import oci_pb2
+
+T = TypeVar("T")
 
 
 def _json(document: Mapping[str, Any]) -> bytes:
@@ -345,3 +348,30 @@ class Process:
         """Wait for its exit status: 0-255, or 128 + the signal that killed it."""
         answer = await self._rpc.WaitProcess(agent_pb2.WaitProcessRequest(**self._key))
         return int(answer.status)
+
+
+def call_sync(machine: Machine, work: Callable[[Agent], Awaitable[T]]) -> T:
+    """Run a coroutine that awaits nothing but calls of a VM's agent, without an event loop.  Raises AgentError."""
+
+    async def asked() -> T:
+        async with Agent(BlockingChannel(machine.agent_socket)) as agent:
+            return await work(agent)
+
+    running = asked()
+    try:
+        running.send(None)
+    except StopIteration as done:
+        return cast(T, done.value)
+    finally:
+        running.close()
+    raise RuntimeError(f"{work}: awaits something else than a call")
+
+
+def run_sync(machine: Machine, work: Callable[[Agent], Awaitable[T]]) -> T:
+    """Run a coroutine with a VM's agent, in an event loop.  Raises AgentError."""
+
+    async def asked() -> T:
+        async with Agent.connect(machine.agent_socket, "ttrpc") as agent:
+            return await work(agent)
+
+    return asyncio.run(asked())

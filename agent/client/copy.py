@@ -95,20 +95,20 @@ class FilesProcess(BulkProcess):
     def close(self) -> None:
         super().close()
         if self._stand_in:
-            from caisson.agent.client.guest import call_sync
+            from caisson.agent.client.connection import call_sync
 
             with contextlib.suppress(AgentError):
                 call_sync(self._machine, lambda agent: agent.container(self._stand_in).remove())
 
     def _root(self) -> str:
         """Return the guest's path of the container's root, if it is kept after its exit."""
-        from caisson.agent.client.guest import container_registry  # late, as all that only an exited container needs
+        from caisson.agent.client.registry import container_registry  # late, as all that only an exited container needs
 
         return str(container_registry(self._machine).metadata(self._container_id).get("root") or "")
 
     def _make_stand_in(self, root: str) -> str:
         from caisson.agent.client import specs
-        from caisson.agent.client.guest import call_sync
+        from caisson.agent.client.connection import call_sync
 
         document = specs.container_document(root, scratch=())
         document["root"]["readonly"] = False

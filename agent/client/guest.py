@@ -9,15 +9,14 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 from caisson.agent import client
 from caisson.agent.client.caller import DEFAULT
-
-T = TypeVar("T")
+from caisson.agent.client.registry import container_registry
 
 #: Seconds to wait for the agent of a starting VM, and between two checks that the VM is still running.
 AGENT_TIMEOUT = 60.0
@@ -34,34 +33,6 @@ class Machine(Protocol):
     @property
     def directory(self) -> Path:
         """The directory with image.json."""
-
-
-def container_registry(machine: Machine) -> client.Registry:
-    """Return the registry of a VM's containers."""
-    return client.Registry(machine.directory / "containers")
-
-
-def forward_registry(machine: Machine) -> client.Registry:
-    """Return the registry of a VM's forwarded ports."""
-    return client.Registry(machine.directory / "ports")
-
-
-def active_forwards(machine: Machine) -> list[str]:
-    """List the ports currently forwarded: "127.0.0.1:8080 → tcp port 80"."""
-    known = forward_registry(machine)
-    for name in known.orphaned():
-        known.discard(name)
-    return known.names()
-
-
-def call_sync(machine: Machine, work: Callable[[client.Agent], Awaitable[T]]) -> T:
-    """Run a coroutine with a VM's agent to completion.  Raises AgentError."""
-
-    async def asked() -> T:
-        async with client.Agent.connect(machine.agent_socket, "ttrpc") as agent:
-            return await work(agent)
-
-    return asyncio.run(asked())
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import time
 import uuid
 from pathlib import Path
 
-from caisson.agent.client.channel import is_serving
 from caisson.agent.client.connection import Agent
 from caisson.agent.client.errors import AgentError
+from caisson.agent.client.readiness import is_serving
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata3 import agent_pb2
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from caisson.agent.client.connection import Agent, Container
 from caisson.agent.client.errors import AgentError, Reason, UsageError
 from caisson.agent.client.registry import Registry
 from caisson.proto.caisson import caisson_pb2
-from caisson.proto.foreign_text import one_line
 from caisson.proto.kata3 import agent_pb2
 
 T = TypeVar("T")
@@ -144,17 +142,3 @@ def signal_number(text: str) -> int:
     if not 1 <= number <= signal.SIGRTMAX:
         raise UsageError(f"{text!r}: is not a signal; use 1 to {int(signal.SIGRTMAX)}")
     return number
-
-
-def show(columns: Sequence[str], data: object, rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Print data as JSON, or rows as a table, each on one line."""
-    if as_json:
-        print(json.dumps(data, indent=2))
-        return
-    table = [
-        columns,
-        *(["-" if row.get(column) is None else one_line(str(row[column])) for column in columns] for row in rows),
-    ]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())

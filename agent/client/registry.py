@@ -12,11 +12,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import uuid
+import os
 from pathlib import Path
-from typing import IO, Any
 
 from caisson.agent.client.errors import AgentGone
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO, Any
+
+    from caisson.agent.client.guest import Machine
 
 
 class Registry:
@@ -35,7 +40,7 @@ class Registry:
 
     def _put(self, name: str, metadata: dict[str, Any]) -> IO[str]:
         # A name that no container can have: nobody sees a partial file, or one not locked yet.
-        new = self._directory / f".{uuid.uuid4().hex}"
+        new = self._directory / f".{os.urandom(16).hex()}"
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
             with contextlib.ExitStack() as stack:
@@ -81,3 +86,21 @@ class Registry:
     def orphaned(self) -> list[str]:
         """Return the names of leased entries whose command has died."""
         return [name for name in self.names() if self.metadata(name).get("held") and not self.held(name)]
+
+
+def container_registry(machine: Machine) -> Registry:
+    """Return the registry of a VM's containers."""
+    return Registry(machine.directory / "containers")
+
+
+def forward_registry(machine: Machine) -> Registry:
+    """Return the registry of a VM's forwarded ports."""
+    return Registry(machine.directory / "ports")
+
+
+def active_forwards(machine: Machine) -> list[str]:
+    """List the ports currently forwarded: "127.0.0.1:8080 → tcp port 80"."""
+    known = forward_registry(machine)
+    for name in known.orphaned():
+        known.discard(name)
+    return known.names()

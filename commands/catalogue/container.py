@@ -23,6 +23,7 @@ COMMANDS = (
             JSON,
         ),
         examples=("caisson ps", "caisson ps --all", "caisson ps web --json"),
+        is_short=True,
     ),
     Command(
         "stats",
@@ -31,6 +32,7 @@ COMMANDS = (
         positionals=(ONE_OR_ALL,),
         options=(VM, Option("interval", "measure CPU usage over this interval", _INTERVAL, default=1.0), JSON),
         examples=("caisson stats --interval 5", "caisson stats web --json"),
+        is_short=True,
     ),
     Command(
         "kill",
@@ -43,6 +45,7 @@ COMMANDS = (
             VM,
         ),
         examples=("caisson kill web --signal HUP",),
+        is_short=True,
     ),
     Command(
         "pause",
@@ -51,6 +54,7 @@ COMMANDS = (
         positionals=(ONE,),
         options=(VM,),
         examples=("caisson pause web",),
+        is_short=True,
     ),
     Command(
         "resume",
@@ -59,6 +63,7 @@ COMMANDS = (
         positionals=(ONE,),
         options=(VM,),
         examples=("caisson resume web",),
+        is_short=True,
     ),
     Command(
         "rm",
@@ -70,6 +75,7 @@ COMMANDS = (
             VM,
         ),
         examples=("caisson rm web",),
+        is_short=True,
     ),
     Command(
         "start",
@@ -79,6 +85,7 @@ COMMANDS = (
         positionals=(ONE,),
         options=(VM,),
         examples=("caisson start web",),
+        is_short=True,
     ),
     Command(
         "wait",
@@ -87,6 +94,7 @@ COMMANDS = (
         positionals=(ONE,),
         options=(VM,),
         examples=("caisson wait web",),
+        is_short=True,
     ),
     Command(
         "attach",

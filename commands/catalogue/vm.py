@@ -25,7 +25,7 @@ CPUS = integer(1, 255)
 BOOT_VM = Command(
     "boot-vm",
     "Boot a VM and wait for its agent.",
-    "caisson.commands.vm:boot_vm",
+    "caisson.commands.boot:boot_vm",
     details="Shows the VM's console until Ctrl-C, which stops it; with --detach it is left running in the background.",
     positionals=(Positional("name", "name of the VM; also --name", VM_NAME, default="default"),),
     options=(
@@ -76,6 +76,7 @@ COMMANDS = (
         positionals=(Positional("name", "name of the VM; also --name", VM_NAME, default="default"),),
         options=(Option("all", "stop every VM", dest="everything"),),
         examples=("caisson stop-vm web", "caisson stop-vm --all"),
+        is_short=True,
     ),
     Command(
         "list-vms",
@@ -83,6 +84,7 @@ COMMANDS = (
         "caisson.commands.vm:list_running",
         options=(JSON,),
         examples=("caisson list-vms", "caisson list-vms --json"),
+        is_short=True,
     ),
     Command(
         "logs",
@@ -97,6 +99,7 @@ COMMANDS = (
             VM,
         ),
         examples=("caisson logs --agent --follow", "caisson logs web --since 10m --tail 100"),
+        is_short=True,
     ),
     Command(
         "balloon",

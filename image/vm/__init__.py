@@ -16,18 +16,20 @@ if TYPE_CHECKING:
 
     from caisson.image.vm.config import VMConfig
     from caisson.image.vm.errors import VMError
-    from caisson.image.vm.machine import VM, find_vm, get_vm, list_vms
+    from caisson.image.vm.machine import VM
+    from caisson.image.vm.running import RunningVM, find_vm, get_vm, list_vms
 
 _FROM = {
+    "RunningVM": "caisson.image.vm.running",
     "VM": "caisson.image.vm.machine",
     "VMConfig": "caisson.image.vm.config",
     "VMError": "caisson.image.vm.errors",
-    "find_vm": "caisson.image.vm.machine",
-    "get_vm": "caisson.image.vm.machine",
-    "list_vms": "caisson.image.vm.machine",
+    "find_vm": "caisson.image.vm.running",
+    "get_vm": "caisson.image.vm.running",
+    "list_vms": "caisson.image.vm.running",
 }
 
-__all__ = ["VM", "VMConfig", "VMError", "find_vm", "get_vm", "list_vms"]
+__all__ = ["VM", "RunningVM", "VMConfig", "VMError", "find_vm", "get_vm", "list_vms"]
 
 
 def __getattr__(name: str) -> Any:

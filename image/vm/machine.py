@@ -1,32 +1,28 @@
-"""Virtual machines, as seen by their starter and users."""
+"""Virtual machines, as seen by their starters: booted, watched while they boot, saved."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
-import select
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from caisson.image.vm import exit_reason, qemu
 from caisson.image.vm.accel import Choice, is_open
 from caisson.image.vm.children import TITLES
 from caisson.image.vm.config import VMConfig, shares_to_plug
-from caisson.image.vm.directory import VMDirectory, find_running, running_vms
+from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.exit_reason import POWERED_OFF
 from caisson.image.vm.launch import SupervisorProcess
 from caisson.image.vm.logs import Follower
 from caisson.image.vm.pace import scaled
+from caisson.image.vm.running import STOP_TIMEOUT, RunningVM
 from caisson.image.vm.runroot import owned_run_root
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, snapshot_directory
-from caisson.image.vm.supervisor_connection import STOP_TIMEOUT, SupervisorConnection
-from caisson.proto.contract import VM_FORMAT
+from caisson.image.vm.supervisor_connection import SupervisorConnection
 
 #: Timeouts in seconds for the agent to answer: native, and emulated on a busy machine.
 AGENT_TIMEOUT = {"kvm": 60.0, "tcg": 240.0}
@@ -45,68 +41,15 @@ class GuestDoesNotRun(VMError):
     """KVM accepts the guest but does not run it: the back end of /dev/kvm does not support stock guests."""
 
 
-class VM:
-    """A running VM.  As a context manager it is stopped at the end, unless detached."""
+class VM(RunningVM):
+    """A VM and its starter.  As a context manager it is stopped at the end, unless detached."""
 
-    def __init__(self, directory: VMDirectory, info: dict[str, Any] | None = None) -> None:
-        self._directory = directory
-        self._info = info or {}
-        self._config: VMConfig | None = None  # if it was started here
-        self._connection: SupervisorConnection | None = None  # if it was started here
+    def __init__(self, directory: VMDirectory) -> None:
+        super().__init__(directory, {})
+        self._config: VMConfig | None = None
+        self._connection: SupervisorConnection | None = None
         self._shown = 0  # bytes of the console already passed on
         self._firmware_spoke = False
-
-    @property
-    def name(self) -> str:
-        return self._directory.name
-
-    @property
-    def directory(self) -> Path:
-        return self._directory.path
-
-    @property
-    def agent_socket(self) -> Path:
-        """Return the Unix socket of the agent, for any gRPC client."""
-        return self._directory.agent_socket
-
-    @property
-    def vsock_socket(self) -> Path:
-        """Return the Unix socket on which CONNECT <port> reaches a port of the guest."""
-        return self._directory.vsock_socket
-
-    def host_port(self, port: int) -> Path:
-        """Return the Unix socket to listen on for the guest's connections to a vsock port of the host."""
-        return self.vsock_socket.with_name(f"{self.vsock_socket.name}_{port}")
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """Return the manifest of the guest's image.  Raises VMError if the VM has exited."""
-        try:
-            return dict(json.loads((self.directory / "image.json").read_text()))
-        except FileNotFoundError:
-            raise VMError(f"VM {self.name!r}: has ended; start it: caisson boot-vm {self.name} --detach") from None
-
-    @property
-    def architecture(self) -> str:
-        """Return the guest's architecture as Debian has it: amd64.  Raises VMError if the VM has exited."""
-        return str(self.manifest["arch"])
-
-    @property
-    def kernel_words(self) -> list[str]:
-        """Return the words of the kernel's command line."""
-        command = list(self.info.get("command", ()))
-        return str(command[command.index("-append") + 1]).split() if "-append" in command else []
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """Return the current vm.json, or the last one read.
-
-        It has name, state (starting or running), directory, image, accel and vsock with their reasons, cid, memory
-        (MiB), cpus, shares, network, started (seconds since the epoch), spawned (when QEMU was, in seconds of this
-        machine's CLOCK_MONOTONIC), boot_seconds once it is running, command and pids.
-        """
-        self._info = self._directory.read() or self._info
-        return self._info
 
     @classmethod
     def start(
@@ -266,12 +209,6 @@ class VM:
                 if not str(end).startswith(POWERED_OFF):
                     raise VMError(f"VM {self.name!r}: {end}") from None
 
-    def show(self, console: Callable[[bytes], None], *, follow: bool) -> None:
-        """Pass on the guest's output so far, and with ``follow`` until the VM exits."""
-        with Follower(self._directory.console, console), self.exit_fd() as supervisor:
-            if follow and supervisor is not None:
-                select.select([supervisor], [], [])
-
     def detach(self) -> None:
         """Leave the VM running without its starter.  Raises VMError if it has exited meanwhile."""
         assert self._connection is not None and self._connection.is_open, "only its starter can detach a VM"
@@ -305,54 +242,20 @@ class VM:
         return size
 
     def exit_reason(self, timeout: float = 2.0) -> str | None:
-        """Return why the VM has exited; None if it is still running after ``timeout`` seconds.
-
-        For callers that have lost its agent: a VM takes a moment to exit.
-        """
         if self._connection is not None and self._connection.is_open:
             self._connection.wait_for_exit(timeout)
             reason = self._connection.exit_reason
             return reason and reason.partition("\n")[0]
-        with self.exit_fd() as supervisor:
-            if supervisor is not None and not select.select([supervisor], [], [], timeout)[0]:
-                return None
-        return exit_reason.read(self._directory).partition("\n")[0] or "its supervisor died"
+        return super().exit_reason(timeout)
 
-    def stop(self, timeout: float = STOP_TIMEOUT) -> None:
-        """Stop it; returns when nothing of it is left.  Raises VMError on timeout (``timeout`` seconds).
-
-        A VM that has already exited is not an error.
-        """
+    def stop(self, timeout: float = STOP_TIMEOUT) -> bool:
         if self._is_attached:
             self._abandon()
-            return
-        with self.exit_fd() as supervisor:
-            if supervisor is None:
-                return
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(supervisor, signal.SIGTERM)
-            ended, _, _ = select.select([supervisor], [], [], timeout)
-        if not ended:
-            pid = self._info["pids"]["supervisor"]
-            raise VMError(f"VM {self.name!r}: did not stop within {timeout:.0f} s; kill its supervisor: kill -9 {pid}")
-        if self._connection is not None:
+            return True
+        stopped = super().stop(timeout)
+        if stopped and self._connection is not None:
             self._connection.reap()
-
-    @contextlib.contextmanager
-    def exit_fd(self) -> Iterator[int | None]:
-        """Yield a descriptor that becomes readable when the VM exits; None if it already has."""
-        pid = self.info.get("pids", {}).get("supervisor")
-        try:
-            pidfd = None if pid is None else os.pidfd_open(pid)
-        except ProcessLookupError:
-            pidfd = None
-        try:
-            # The lock is held, so the pid is the supervisor's, and not reused.
-            held = self._directory.is_running() and self._directory.read().get("pids", {}).get("supervisor") == pid
-            yield pidfd if held else None
-        finally:
-            if pidfd is not None:
-                os.close(pidfd)
+        return stopped
 
     def __enter__(self) -> Self:
         return self
@@ -360,37 +263,3 @@ class VM:
     def __exit__(self, *_: object) -> None:
         if self._is_attached:
             self._abandon()
-
-
-def find_vm(name: str) -> VM | None:
-    """Return the running VM of this name; None if there is none.
-
-    Raises VMError for an invalid name, and for a VM of an incompatible version of Caisson.
-    """
-    found = find_running(name)
-    return VM(*found) if found else None
-
-
-def get_vm(name: str) -> VM:
-    """Return the running VM of this name.  Raises VMError listing the running ones."""
-    vm = find_vm(name)
-    if vm is None:
-        names = ", ".join(other.name for other in list_vms()) or "none"
-        why = exit_reason.describe(VMDirectory.of(name))
-        raise VMError(
-            f"VM {name!r}: is not running; running: {names}; start it: caisson boot-vm {name} --detach"
-            + (f"\n{why}" if why else "")
-        )
-    return vm
-
-
-def list_vms() -> list[VM]:
-    """Return this user's running VMs, by name; those of incompatible versions are left out."""
-    vms = ((directory, directory.read()) for directory in running_vms())
-    return [VM(directory, info) for directory, info in vms if info and info.get("format") == VM_FORMAT]
-
-
-def vms_of_other_versions() -> dict[str, str]:
-    """Return this user's running VMs of incompatible versions: each one's version by name."""
-    infos = ((directory.name, directory.read()) for directory in running_vms())
-    return {name: str(info.get("version", "0.1")) for name, info in infos if info and info.get("format") != VM_FORMAT}

@@ -10,9 +10,7 @@ from typing import Any
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.launch import SupervisorProcess
-
-#: Seconds for a supervisor to shut everything down: it asks, terminates and kills two processes.
-STOP_TIMEOUT = 20.0
+from caisson.image.vm.running import STOP_TIMEOUT
 
 
 class SupervisorConnection:

@@ -13,7 +13,7 @@ import pytest
 
 from caisson.agent.client import AgentGone
 from caisson.agent.client.errors import ContainerUnavailable
-from caisson.commands.machines import explain_exit
+from caisson.commands.running import explain_exit
 from caisson.image.vm import VM, VMError, exit_reason, find_vm, get_vm, list_vms
 from caisson.image.vm.children import ChildProcesses
 from caisson.image.vm.directory import VMDirectory

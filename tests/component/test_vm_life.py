@@ -20,8 +20,8 @@ from caisson.image.vm import VM, VMConfig, VMError, accel, find_vm, list_vms, qe
 from caisson.image.vm import machine as machines
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.jsonsocket import JSONSocket
-from caisson.image.vm.machine import vms_of_other_versions
 from caisson.image.vm.pace import slowness
+from caisson.image.vm.running import vms_of_other_versions
 from caisson.image.vm.runroot import owned_run_root
 from caisson.proto.contract import VERSION, VM_FORMAT
 from tests.component.fake_qemu import Images, image_maker, lives, start

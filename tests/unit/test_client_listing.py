@@ -18,6 +18,7 @@ from caisson.agent.client.guest import Guest
 from caisson.agent.client.logs import last_lines, parse_time
 from caisson.agent.guest import ps
 from caisson.agent.rpc.codes import StatusCode
+from caisson.commands.streams import print_table
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata1 import agent_pb2
 
@@ -48,7 +49,7 @@ def test_a_row_that_is_none_is_shown_and_no_error(line: str) -> None:
 
 
 def test_a_name_with_line_ends_and_controls_keeps_to_its_row(capsys: pytest.CaptureFixture[str]) -> None:
-    listing.show(("name", "id"), [], [{"name": "n\nl\x1b[2J:1", "id": "1"}, {"name": "web", "id": None}], as_json=False)
+    print_table(("name", "id"), [], [{"name": "n\nl\x1b[2J:1", "id": "1"}, {"name": "web", "id": None}], as_json=False)
     _, first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("  1") and first.startswith("n\\nl\\x1b[2J:1")
     assert second.split() == ["web", "-"]

@@ -66,6 +66,7 @@ SHORT_FILES = {
     "commands.entry": OWN_PROGRAM,
     "commands.oci": OWN_PROGRAM,
     "commands.renamed": TABLE,
+    "commands.running": EVERYBODY_IMPORTS_IT,
     "commands.snapshot": ONE_OF_A_KIND,
     "image.build.choices": TABLE,
     "image.build.summary": LATE,

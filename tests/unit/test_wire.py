@@ -9,10 +9,10 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from caisson.agent.api.kata3.service import WriteStreamRequest
-from caisson.agent.client import execute
+from caisson.agent.client import execute, readiness
 from caisson.agent.rpc import wire
 from caisson.proto.caisson import caisson_pb2
-from caisson.proto.kata3 import agent_pb2
+from caisson.proto.kata3 import agent_pb2, health_pb2
 from caisson.proto.ttrpc import ttrpc_pb2
 
 KEY = {"container_id": "box", "exec_id": "42"}
@@ -135,5 +135,8 @@ def test_a_command_knows_its_fields_by_the_numbers_of_the_schema() -> None:
         assert wire.encode([*key, *fields]) == message.SerializeToString()
     assert agent_pb2.ReadStreamResponse.DESCRIPTOR.fields_by_name["data"].number == execute.RESPONSE_DATA
     assert agent_pb2.WaitProcessResponse.DESCRIPTOR.fields_by_name["status"].number == execute.STATUS
+    health = health_pb2.HealthCheckResponse
+    assert health.DESCRIPTOR.fields_by_name["status"].number == readiness.STATUS
+    assert health.SERVING == readiness.SERVING
     assert caisson_pb2.DESCRIPTOR.services_by_name["Guest"].full_name == execute.GUEST
     assert agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name == execute.AGENT

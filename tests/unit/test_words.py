@@ -27,7 +27,7 @@ RENAMED: dict[str, dict[str, str]] = {
     },
     "agent.client.copy": {"Place": "Location", "places": "parse_locations"},
     "agent.client.registry": {"Known": "Registry", "hold": "lease", "about": "metadata", "abandoned": "orphaned"},
-    "agent.client.channel": {"answers": "is_serving", "FirstAnswer": "ReadinessProbe"},
+    "agent.client.readiness": {"answers": "is_serving", "FirstAnswer": "ReadinessProbe"},
     "agent.client.identity": {"settle": "personalize", "settled": "is_personalized"},
     "agent.client.guest": {"ask": "call_sync"},
     "agent.libcontainer.cgroups": {

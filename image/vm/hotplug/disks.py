@@ -13,10 +13,10 @@ from collections.abc import Callable, Container
 from pathlib import Path
 
 from caisson.image.vm.errors import NoEmptyPort, VMError
-from caisson.image.vm.machine import VM
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.qemu import PORTS
 from caisson.image.vm.qmp import QMP, QMPError
+from caisson.image.vm.running import RunningVM
 
 #: Seconds for the monitor, including other clients before us.
 MONITOR_TIMEOUT = 30.0
@@ -31,7 +31,7 @@ PREFIX = "disk-"
 PERIPHERAL = "/machine/peripheral"
 
 
-def plug_disk(vm: VM, file: Path, name: str, *, writable: bool = False, spare: int = 0) -> str:
+def plug_disk(vm: RunningVM, file: Path, name: str, *, writable: bool = False, spare: int = 0) -> str:
     """Plug in a disk, unless one of this name already is; returns its PCI path, slots from the root bus on ("10/00").
 
     ``name``: at most 26 letters, digits and '-'.  The file may be removed afterwards.  Raises VMError, NoEmptyPort if
@@ -77,13 +77,13 @@ def _open(monitor: QMP, file: Path, identity: str, writable: bool) -> None:
         monitor.execute("remove-fd", {"fdset-id": fds})  # the block node has a duplicate
 
 
-def unplug_disk(vm: VM, name: str) -> bool:
+def unplug_disk(vm: RunningVM, name: str) -> bool:
     """Unplug a disk, and close its file; False if the guest did not release it in time.  Raises VMError."""
     with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
         return not _unplug(monitor, {f"{PREFIX}{name}"})
 
 
-def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
+def unplug_unused(vm: RunningVM, used: Callable[[], Container[str]]) -> None:
     """Unplug the disks whose names are not among those in use.
 
     ``used`` is called while no disk can be plugged in: callers register a disk before plugging it in.  A guest that

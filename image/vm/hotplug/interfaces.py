@@ -6,13 +6,13 @@ Source: QEMU, qapi/net.json (NetdevTapOptions), qapi/misc.json (getfd).
 from __future__ import annotations
 
 from caisson.image.vm.hotplug.disks import MONITOR_TIMEOUT, empty_port, plugged
-from caisson.image.vm.machine import VM
 from caisson.image.vm.qmp import QMP, QMPError
+from caisson.image.vm.running import RunningVM
 
 PREFIX = "nic-"
 
 
-def plug_interface(vm: VM, tap: int, mac: str) -> None:
+def plug_interface(vm: RunningVM, tap: int, mac: str) -> None:
     """Plug in an interface with this MAC address, whose frames go through a tap device's descriptor (IFF_VNET_HDR).
 
     QEMU gets a duplicate of the descriptor.  Raises VMError when no port is empty.

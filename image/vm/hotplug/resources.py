@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 
 from caisson.image.vm.errors import VMError
-from caisson.image.vm.machine import VM
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.qmp import QMP, QMPError
+from caisson.image.vm.running import RunningVM
 
 #: MiB of one memory block, the unit that Linux brings online (x86, below 64 GiB).
 MEMORY_BLOCK = 128
@@ -30,7 +30,7 @@ STALL_TIMEOUT = 10.0
 POLL_INTERVAL = 0.02
 
 
-def plug_cpus(vm: VM, count: int) -> None:
+def plug_cpus(vm: RunningVM, count: int) -> None:
     """Plug in ``count`` CPUs, all or none.  Raises VMError if the VM has no room for that many."""
     with QMP(vm.directory / "qmp.sock", scaled(PLUG_TIMEOUT)) as monitor:
         places = [place for place in monitor.execute("query-hotpluggable-cpus") if "qom-path" not in place]
@@ -45,7 +45,7 @@ def plug_cpus(vm: VM, count: int) -> None:
             monitor.execute("device_add", {"driver": place["type"], "id": name, **place["props"]})
 
 
-def plug_memory(vm: VM, mebibytes: int) -> None:
+def plug_memory(vm: RunningVM, mebibytes: int) -> None:
     """Plug in memory, a multiple of 128 MiB.  Raises VMError if the VM has no room for it."""
     if mebibytes <= 0 or mebibytes % MEMORY_BLOCK:
         raise VMError(f"{mebibytes} MiB: memory is plugged in multiples of {MEMORY_BLOCK} MiB")
@@ -68,7 +68,7 @@ def plug_memory(vm: VM, mebibytes: int) -> None:
             raise
 
 
-def memory_now(vm: VM) -> int | None:
+def memory_now(vm: RunningVM) -> int | None:
     """Return the current MiB of a guest; None if QEMU does not report it."""
     try:
         with QMP(vm.directory / "qmp.sock", QUERY_TIMEOUT) as monitor:
@@ -77,7 +77,7 @@ def memory_now(vm: VM) -> int | None:
         return None
 
 
-def set_memory(vm: VM, mebibytes: int) -> int:
+def set_memory(vm: RunningVM, mebibytes: int) -> int:
     """Inflate or deflate the balloon so that a guest has ``mebibytes``; returns the MiB it then has.
 
     It may keep more if it needs more.  Raises VMError for a size out of bounds.

@@ -20,9 +20,9 @@ from caisson.image.vm.errors import InvalidOption, VMError
 from caisson.image.vm.hotplug import virtiofs
 from caisson.image.vm.hotplug.disks import MONITOR_TIMEOUT, empty_port, plugged, unplugged
 from caisson.image.vm.jsonsocket import JSONSocket
-from caisson.image.vm.machine import VM
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.qmp import QMP, QMPError
+from caisson.image.vm.running import RunningVM
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def tag_of(path: Path) -> str:
     return name[:31] or "share"
 
 
-def shares(vm: VM) -> dict[str, tuple[str, str, bool]]:
+def shares(vm: RunningVM) -> dict[str, tuple[str, str, bool]]:
     """Return a VM's shares by tag: file system, directory, and whether the guest may write to it."""
     info = vm.info
     return {
@@ -51,7 +51,7 @@ def shares(vm: VM) -> dict[str, tuple[str, str, bool]]:
     }
 
 
-def share_of_namespace(vm: VM, directory: str, tag: str, mount_namespace: int) -> None:
+def share_of_namespace(vm: RunningVM, directory: str, tag: str, mount_namespace: int) -> None:
     """Share an absolute path, writable, as seen in another mount namespace, given by its descriptor.
 
     Later mounts there also appear, if the directory's mount is shared.  Raises VMError.
@@ -60,7 +60,7 @@ def share_of_namespace(vm: VM, directory: str, tag: str, mount_namespace: int) -
         _plug_new(vm, {"share": tag, "path": directory, "writable": True}, [mount_namespace])
 
 
-def share(vm: VM, directory: Path, tag: str = "", *, writable: bool) -> Shared:
+def share(vm: RunningVM, directory: Path, tag: str = "", *, writable: bool) -> Shared:
     """Share a directory with a guest, through an existing share or a new one.  Raises VMError.
 
     An existing one is used whatever its tag, and a writable one also for reading.  A new one without a ``tag`` gets a
@@ -75,7 +75,7 @@ def share(vm: VM, directory: Path, tag: str = "", *, writable: bool) -> Shared:
         return _share(vm, path, tag, writable)
 
 
-def _share(vm: VM, path: Path, tag: str, writable: bool) -> Shared:
+def _share(vm: RunningVM, path: Path, tag: str, writable: bool) -> Shared:
     there = shares(vm)
     for other, (fstype, shared, may_write) in list(there.items()):
         if shared != str(path) or (writable and not may_write):
@@ -90,7 +90,7 @@ def _share(vm: VM, path: Path, tag: str, writable: bool) -> Shared:
     return Shared("virtiofs", tag, writable, new=True)
 
 
-def _plug_new(vm: VM, question: dict[str, Any], fds: Sequence[int] = ()) -> None:
+def _plug_new(vm: RunningVM, question: dict[str, Any], fds: Sequence[int] = ()) -> None:
     """Make the supervisor start a virtiofsd, and plug it in.  Raises VMError."""
     tag = question["share"]
     if vm.info["snapshot"] and vm.info["vsock"] != "user":
@@ -108,7 +108,7 @@ def _plug_new(vm: VM, question: dict[str, Any], fds: Sequence[int] = ()) -> None
         raise
 
 
-def _free_tag(tag: str, path: Path, there: Mapping[str, tuple[str, str, bool]], vm: VM) -> str:
+def _free_tag(tag: str, path: Path, there: Mapping[str, tuple[str, str, bool]], vm: RunningVM) -> str:
     """Return the tag for a new share.  Raises VMError if the requested one is in use."""
     if not tag:
         tag = first = tag_of(path)
@@ -126,7 +126,7 @@ def _free_tag(tag: str, path: Path, there: Mapping[str, tuple[str, str, bool]], 
 
 
 @contextlib.contextmanager
-def _alone(vm: VM) -> Iterator[None]:
+def _alone(vm: RunningVM) -> Iterator[None]:
     """Change the shares of a VM exclusively: incomplete ones were left by a process that died."""
     try:
         lock = (vm.directory / "shares.lock").open("w")
@@ -137,12 +137,12 @@ def _alone(vm: VM) -> Iterator[None]:
         yield
 
 
-def _is_plugged(vm: VM, tag: str) -> bool:
+def _is_plugged(vm: RunningVM, tag: str) -> bool:
     with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
         return any(f"share-{tag}" in devices for devices in plugged(monitor).values())
 
 
-def _plug(monitor: QMP, vm: VM, tag: str, path: str) -> None:
+def _plug(monitor: QMP, vm: RunningVM, tag: str, path: str) -> None:
     bus = empty_port(monitor, vm.name)
     connect, add = virtiofs.plug(tag, path, bus)
     with contextlib.suppress(QMPError):  # left by a killed process
@@ -155,13 +155,13 @@ def _plug(monitor: QMP, vm: VM, tag: str, path: str) -> None:
         raise
 
 
-def unshare(vm: VM, tag: str) -> None:
+def unshare(vm: RunningVM, tag: str) -> None:
     """Unplug a share that is no longer mounted in the guest.  Raises VMError."""
     with _alone(vm):
         _unshare(vm, tag)
 
 
-def end_server(vm: VM, tag: str) -> None:
+def end_server(vm: RunningVM, tag: str) -> None:
     """Stop the virtiofsd of a share, and with it all use of the host's files: the guest, about to stop, gets errors.
 
     Raises VMError.
@@ -169,7 +169,7 @@ def end_server(vm: VM, tag: str) -> None:
     _request(vm, {"unshare": tag})
 
 
-def _unshare(vm: VM, tag: str) -> None:
+def _unshare(vm: RunningVM, tag: str) -> None:
     there = shares(vm)
     if tag not in there:
         raise VMError(
@@ -187,7 +187,7 @@ def _unshare(vm: VM, tag: str) -> None:
     _request(vm, {"unshare": tag})
 
 
-def _request(vm: VM, question: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+def _request(vm: RunningVM, question: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
     """Send a request to a VM's supervisor; returns its response.  Raises VMError."""
     with socket.socket(socket.AF_UNIX) as connection:
         try:
