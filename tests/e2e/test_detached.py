@@ -71,9 +71,11 @@ def test_attach_joins_at_a_terminal_and_leaves_by_its_keys(vm: Caisson, image: s
         assert terminal.modes() == terminal.before
     assert vm("exec", "--container", "talks", "--", "sh", "-c", "echo lives").stdout == b"lives\n"
     with vm.start("attach", "talks", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as command:
+        assert command.stdout is not None
+        assert b"gone-on" in command.stdout.readline()  # it is attached
         vm("cp", "/etc/hostname", "talks:/end")  # which may end with the container
-        said, _ = command.communicate(timeout=TIMEOUT)
-    assert command.returncode == 4 and b"gone-on" in said
+        command.communicate(timeout=TIMEOUT)
+    assert command.returncode == 4
     assert vm("rm", "talks").returncode == 0
 
 
