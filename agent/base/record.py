@@ -22,6 +22,7 @@ if TYPE_CHECKING:
             ...
 
 else:
+    MISSING = object()
 
     class Record:
         """Base class whose annotations are fields, passed by position or name and immutable."""
@@ -30,22 +31,21 @@ else:
 
         def __init_subclass__(cls):
             cls._fields = (*cls._fields, *cls.__annotations__)
+            cls._defaults = {name: getattr(cls, name, MISSING) for name in cls._fields}
+            cls._required = [name for name, value in cls._defaults.items() if value is MISSING]
 
         def __init__(self, *values, **named):
             fields, state = self._fields, self.__dict__
+            state.update(self._defaults)
+            state.update(zip(fields, values, strict=False))
+            state.update(named)
             if len(values) > len(fields):
                 raise TypeError(f"{type(self).__name__} takes {len(fields)} values, not {len(values)}")
-            state.update(zip(fields, values, strict=False))
-            for name, value in named.items():
-                if name in state or name not in fields:
-                    raise TypeError(f"{type(self).__name__}: {name!r} is given twice or is not a field")
-                state[name] = value
-            for name in fields:
-                if name not in state:
-                    try:
-                        state[name] = getattr(type(self), name)
-                    except AttributeError:
-                        raise TypeError(f"{type(self).__name__} needs {name!r}") from None
+            if len(state) > len(fields) or (values and not named.keys().isdisjoint(fields[: len(values)])):
+                raise TypeError(f"{type(self).__name__}: one of {', '.join(named)} is given twice or is not a field")
+            for name in self._required:
+                if state[name] is MISSING:
+                    raise TypeError(f"{type(self).__name__} needs {name!r}")
 
         def but(self, **changes):
             """Return a copy with some fields replaced."""

@@ -103,7 +103,7 @@ def encode(value: str | bytes) -> bytes:
 
 def texts(*values: str) -> bytes:
     """Encode strings one after the other, each NUL-terminated."""
-    return b"".join([encode(value) + b"\0" for value in values])
+    return encode("\0".join((*values, "")))
 
 
 def message(kind: int, body: bytes, what: str) -> bytes:
@@ -118,7 +118,7 @@ def strings(values: Iterable[str]) -> bytes:
     """Encode argv, then envp, each string NUL-terminated; the message is not padded; nsexec reads exactly its
     length.
     """
-    return message(MESSAGE_STRINGS, b"".join([encode(value) + b"\0" for value in values]), "args and env")
+    return message(MESSAGE_STRINGS, texts(*values), "args and env")
 
 
 def bootstrap(
