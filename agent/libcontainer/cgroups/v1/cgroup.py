@@ -101,8 +101,9 @@ class CgroupV1(Hierarchy):
                 parts = directory.removeprefix(f"{root}/").split("/")
                 _make(root, parts, made, fill_cpuset if "cpuset" in name.split(",") else None)
             cgroup = CgroupOfV1(directories, self.roots, self._made, self._waits)
+            frozen = cgroup.frozen
             for directory in directories.values():
-                check_unused(path, files.pids_in(directory), frozen=cgroup.frozen)
+                check_unused(path, [] if directory in made else files.pids_in(directory), frozen=frozen)
         except OSError as e:
             files.remove_all(made)
             raise CgroupError(f"cgroup {path}: {e.filename}: {(e.strerror or '').lower()}") from e

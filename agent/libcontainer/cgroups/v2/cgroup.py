@@ -93,7 +93,7 @@ class CgroupV2(Hierarchy):
             files.remove_all(made)
             raise CgroupError(f"cgroup {path}: {(e.strerror or '').lower()}") from e
         try:
-            check_unused(path, cgroup.pids(), frozen=cgroup.frozen)
+            check_unused(path, [] if at in made else cgroup.pids(), frozen=cgroup.frozen)
         except CgroupError:
             cgroup.close()
             files.remove_all(made)
