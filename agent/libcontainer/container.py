@@ -296,9 +296,7 @@ class Container:
     @property
     def has_own_pids(self) -> bool:
         """Whether it has its own pid namespace, so that all its processes end with init."""
-        return "pid" not in self.state.joined and any(
-            namespace.type == "pid" and not namespace.path for namespace in self.spec.linux.namespaces
-        )
+        return "pid" not in self.state.joined and self.spec.linux.has_new_pids
 
     async def kill(self, number: int, *, every: bool = False) -> None:
         """Signal its init process, or all processes.  A paused container that is killed is thawed, so that it dies.

@@ -17,6 +17,7 @@ from caisson.agent.runtime.main import run as complete
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.libcontainer.cgroups import Cgroup
+    from caisson.agent.libcontainer.config.spec import Spec
     from caisson.agent.runtime.bundle import Bundle
     from caisson.agent.runtime.main import Call
     from caisson.agent.runtime.stdio import ProcessIO
@@ -79,11 +80,11 @@ def run(call: Call) -> int:
     from caisson.agent.runtime.stdio import ProcessIO
 
     detach = call.options.flag("detach")
-    if not detach and not call.options.flag("no-subreaper"):
+    bundle = _bundle(call)
+    if not detach and not call.options.flag("no-subreaper") and _leaves_orphans(bundle.spec):
         from caisson.agent.base.syscalls import set_child_subreaper
 
         set_child_subreaper()
-    bundle = _bundle(call)
     with ProcessIO(call, bundle.spec.process, detach=detach) as io:
         container = _create(call, bundle, io)
         try:
@@ -99,6 +100,11 @@ def run(call: Call) -> int:
         with ContainerLock(container.directory):
             complete(container.delete(force=True))
     return status
+
+
+def _leaves_orphans(spec: Spec) -> bool:
+    """Return whether orphans may be left: those in a pid namespace of its own have the container's init as parent."""
+    return not spec.linux.has_new_pids or spec.hooks != type(spec.hooks)()
 
 
 def _bundle(call: Call) -> Bundle:

@@ -181,6 +181,19 @@ def test_options_of_run(oci: Oci, tmp_path: Path, busybox_rootfs: Path, option: 
     assert oci.ok("run", option, "-b", str(made), NAME) == "out\n"
 
 
+def test_run_adopts_orphans(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
+    """Those of a container in the host's pid namespace: its parent could not wait for them."""
+    orphan = "sleep 0.3; grep PPid /proc/$$/status"
+    script = f"sh -c \"sh -c '{orphan}' &\"; sleep 1"
+    made = bundle(tmp_path / "b", busybox_rootfs, "sh", "-c", script.replace("$", "\\$"))
+    edit(made, lambda value: value["linux"].update(namespaces=[{"type": "mount"}, {"type": "uts"}]))
+    edit(made, lambda value: value.update(hostname=""))
+    argv = oci.argv("run", "-b", str(made), NAME)
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=oci._env) as runner:
+        assert runner.stdout is not None
+        assert runner.stdout.readline() == f"PPid:\t{runner.pid}\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM])
 def test_run_passes_signals_on(oci: Oci, tmp_path: Path, busybox_rootfs: Path, number: signal.Signals) -> None:
     script = f"trap 'echo got; exit 9' {number.name[3:]}; echo ready; while :; do sleep 0.05; done"

@@ -102,6 +102,11 @@ class Linux(Record):
     mount_label: str = ""  # SELinux context of new file systems
     intel_rdt: IntelRdt | None = None
 
+    @property
+    def has_new_pids(self) -> bool:
+        """Whether the container gets a pid namespace of its own."""
+        return any(namespace.type == "pid" and not namespace.path for namespace in self.namespaces)
+
     @classmethod
     def from_json(cls, value: object, where: str = "linux") -> Linux:
         """Parse `linux`.  Raises SpecError."""
