@@ -11,6 +11,7 @@ which init has only the descriptor, and the connection carries the same data.  S
 from __future__ import annotations
 
 import os
+import select
 import stat
 
 from caisson.agent.base.json import JsonError, loads
@@ -18,7 +19,6 @@ from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer.errors import LaunchError, reason
 from caisson.agent.libcontainer.process.channel import report_error
 from caisson.agent.libcontainer.state import ProcessStat
-from caisson.agent.libcontainer.waits import Deadline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,24 +86,21 @@ async def open_and_follow(path: str, pid: int, pidfd: int, waits: Waits, timeout
     except OSError as error:
         message = GONE if isinstance(error, ConnectionRefusedError) else STARTED
         raise LaunchError(message, step="start", path=path, errno=error.errno or 0) from error
-    deadline = Deadline(timeout)
     faults.reach("start_opened")
     try:
         if is_socket:
             os.write(fd, b"1")
-        if not await waits.readable(fd, pidfd, seconds=deadline.left):
-            raise TimeoutError
+        await _until_end(fd, pidfd, waits, timeout)
         heard = _read(fd)
-        if not heard:  # its exit, another starter's, or no writer yet on a fifo just opened
-            raise LaunchError(GONE, step="start", path=path)
-        faults.reach("start_read")
-        remove(path)
-        faults.reach("start_removed")
-        report = heard[1:] + await _rest(fd, waits, deadline)
     finally:
         os.close(fd)
-    if report:
-        raise _report(report)
+    if not heard:  # its exit, another starter's
+        raise LaunchError(GONE, step="start", path=path)
+    faults.reach("start_read")
+    remove(path)
+    faults.reach("start_removed")
+    if len(heard) > 1:
+        raise _report(heard[1:])
     now = ProcessStat.read(pid)
     if now is not None and not now.executed:
         raise LaunchError(NOT_EXECUTED, step="start", path=path)
@@ -128,23 +125,23 @@ def _connect(path: str) -> int:
         connection.close()
 
 
-def _read(fd: int) -> bytes:
-    try:
-        return os.read(fd, REPORT_MAX)
-    except (BlockingIOError, ConnectionResetError):
-        return b""
-
-
-async def _rest(fd: int, waits: Waits, deadline: Deadline) -> bytes:
-    """Read until end of file, up to a limit."""
-    found = b""
-    while len(found) < REPORT_MAX:
-        if not await waits.readable(fd, seconds=deadline.left):
+async def _until_end(fd: int, pidfd: int, waits: Waits, timeout: float | None) -> None:
+    """Wait until init has executed its program, or has exited.  Raises TimeoutError."""
+    with select.epoll() as ends:
+        ends.register(fd, 0)  # EPOLLHUP is reported all the same (epoll_ctl(2)); a pipe holds what precedes it
+        ends.register(pidfd, select.EPOLLIN)
+        if not await waits.readable(ends.fileno(), seconds=timeout):
             raise TimeoutError
-        data = _read(fd)
-        if not data:
-            break
-        found += data
+
+
+def _read(fd: int) -> bytes:
+    """Read all that has arrived, up to a limit."""
+    found = b""
+    try:
+        while len(found) < REPORT_MAX and (data := os.read(fd, REPORT_MAX)):
+            found += data
+    except (BlockingIOError, ConnectionResetError):
+        pass
     return found
 
 
