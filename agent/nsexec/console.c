@@ -106,20 +106,21 @@ void set_controlling_terminal(void)
 /* Replace the host's /dev/null with the container's: whoever has the inode open can change its owner and mode. */
 void replace_null_stdio(int root)
 {
-	int node = -1, null;
+	int null = -1, node;
 
 	for (int fd = 0; fd <= 2; fd++) {
 		if (!is_null_device(fd))
 			continue;
-		if (node < 0)
+		if (null < 0) {
 			node = open_verified_null(root);
-		if (node < 0)
-			fail_errno("stdio", "/dev/null", "the container has no null device");
-		null = open_in(root, "/dev/null", O_RDWR | O_NOFOLLOW, RESOLVE_NO_SYMLINKS);
+			if (node < 0)
+				fail_errno("stdio", "/dev/null", "the container has no null device");
+			close(node);
+			null = open_in(root, "/dev/null", O_RDWR | O_NOFOLLOW, RESOLVE_NO_SYMLINKS);
+		}
 		if (null < 0 || !is_null_device(null) || dup3(null, fd, 0) < 0)
 			fail_errno("stdio", "/dev/null", NULL);
-		close(null);
 	}
-	if (node >= 0)
-		close(node);
+	if (null >= 0)
+		close(null);
 }

@@ -32,7 +32,9 @@
  * stdio and the sync socket, and only has to execute the program.  If the clone would lose the scheduler, the runtime
  * sets it and sends a byte.
  *
- * An exec is spawned by a resident nsexec in place of the runtime, in its cgroup already (server.c).
+ * A resident nsexec (server.c) clones stage 0 of an exec in place of the runtime, in its cgroup already.  An init that
+ * needs no other stage outside than the one that clones it, it clones directly, in its new namespaces and its cgroup:
+ * that is both stage 0 and stage 2.
  *
  * All stages are children of the runtime (CLONE_PARENT).  A stage that clones another sends the new stage's pid and a
  * pidfd to the runtime before letting it run; if it dies before that, the new stage exits.
@@ -82,6 +84,13 @@ static int number_from(const char *name, int least, const char *otherwise)
 	return (int)number;
 }
 
+uint32_t namespaces_from_environment(void)
+{
+	int flags = number_from("_CAISSON_NAMESPACES", 0, "are not flags of clone(2)");
+
+	return flags < 0 ? 0 : (uint32_t)flags;
+}
+
 int descriptor_from(const char *name)
 {
 	int fd = number_from(name, 3, "is not the number of a descriptor");
@@ -109,6 +118,7 @@ static void read_environment(struct channels *fds)
 	fds->cgroup = descriptor_from("_CAISSON_CGROUP");
 	fds->pidfd = descriptor_from("_CAISSON_PIDFD");
 	fds->procfs = descriptor_from("_CAISSON_PROCFS");
+	fds->namespaces = namespaces_from_environment();
 	for (unsigned i = 0; i < CGROUPS_MAX; i++) {
 		char name[32];
 
@@ -145,6 +155,13 @@ static void reset_signals(void)
 	signal(SIGPIPE, SIG_IGN); /* until the program is executed */
 }
 
+/* Whether an init needs a stage outside its new namespaces, beyond one that clones it. */
+static bool needs_stages(const struct bootstrap *boot)
+{
+	return (boot->create & (NS_USER | NS_TIME)) != 0 || joins_by_path(boot, NS_USER) ||
+	       joins_by_path(boot, NS_PID);
+}
+
 static void read_messages(struct context *ctx, struct inbox *inbox)
 {
 	const struct channels *fds = &ctx->fds;
@@ -161,6 +178,8 @@ static void read_messages(struct context *ctx, struct inbox *inbox)
 	if ((boot->join != 0) != (fds->pidfd >= 0) || (fds->joins && (fds->fifo >= 0 || fds->gate >= 0)) ||
 	    fds->pauses != (fds->procfs >= 0) || (fds->pauses && (boot->create & NS_PID) == 0))
 		fail(EINVAL, "bootstrap", "descriptors", "do not fit the type of process");
+	if (fds->namespaces != 0 && (fds->namespaces != (boot->create & ~NS_CGROUP) || needs_stages(boot)))
+		fail(EINVAL, "bootstrap", "namespaces", "do not fit the request");
 }
 
 /*
@@ -223,15 +242,20 @@ static void close_cgroup(struct channels *fds)
 	fds->cgroup = -1;
 }
 
+static void become_stage2(struct channels *fds)
+{
+	report_stage(2);
+	prctl(PR_SET_NAME, "nsexec:[2:INIT]", 0, 0, 0);
+	close(fds->init);
+	fds->init = -1;
+}
+
 /* Block until the parent stage has sent this process's pid to the runtime. */
 static void wait_for_parent(struct channels *fds, int gate)
 {
 	char go;
 
-	report_stage(2);
-	prctl(PR_SET_NAME, "nsexec:[2:INIT]", 0, 0, 0);
-	close(fds->init);
-	fds->init = -1;
+	become_stage2(fds);
 	FAULT(stage2_entry);
 	if (read(gate, &go, 1) != 1)
 		_exit(1); /* the parent stage died before it sent the pid */
@@ -276,10 +300,8 @@ static void start_session(void)
 }
 
 /* Run stage 2, unless it joins a pid namespace. */
-NORETURN static void child_main(struct context *ctx, int gate)
+NORETURN static void stage2_main(struct context *ctx)
 {
-	close_cgroup(&ctx->fds);
-	wait_for_parent(&ctx->fds, gate);
 	start_session();
 	if (ctx->fds.pauses) {
 		attach_pause_procfs(ctx->fds.procfs);
@@ -294,6 +316,13 @@ NORETURN static void child_main(struct context *ctx, int gate)
 	if (ctx->fds.pauses)
 		pause_main(ctx->fds.sync);
 	run_program(ctx);
+}
+
+NORETURN static void child_main(struct context *ctx, int gate)
+{
+	close_cgroup(&ctx->fds);
+	wait_for_parent(&ctx->fds, gate);
+	stage2_main(ctx);
 }
 
 /* Run stage 2 in a joined pid namespace. */
@@ -483,6 +512,10 @@ NORETURN static void stage0_main(struct context *ctx)
 	    (ctx->fds.cgroup >= 0 && (joined & (NS_PID | NS_USER)) != 0))
 		spawn_stage1(ctx, &files, joins_pidns);
 	join_namespaces(ctx, &files);
+	if (ctx->fds.namespaces != 0) { /* the fork server has cloned stage 2 */
+		become_stage2(&ctx->fds);
+		stage2_main(ctx);
+	}
 	if ((boot->create & NS_TIME) != 0 && syscall(SYS_unshare, NS_TIME) < 0)
 		fail_errno("unshare", "time", NULL);
 	if (joins_pidns)

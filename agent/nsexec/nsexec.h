@@ -39,6 +39,7 @@ struct channels {
 	int procfs;	       /* O_PATH directory on which the pause process mounts procfs of its pid namespace */
 	bool joins;	       /* an exec into a container, rather than its init */
 	bool pauses;	       /* the pause process: an init that runs no program */
+	uint32_t namespaces;   /* NS_* in which the fork server has cloned this process as stage 2; else 0 */
 	unsigned first_closed; /* descriptors from 3 up to this one, exclusive, belong to the program */
 };
 
@@ -261,6 +262,7 @@ struct context {
 };
 
 /* --- nsexec.c --- */
+uint32_t namespaces_from_environment(void); /* of channels */
 int descriptor_from(const char *name); /* number in an environment variable, close-on-exec from now on; -1 if not set */
 int try_clone_sibling(uint32_t namespaces, int cgroup, int *pidfd); /* as clone(2); -1 and errno */
 int send_stage(int init, int stage1, int stage2, int pidfd);	    /* 0, or -1 and errno */
@@ -295,7 +297,7 @@ void request_netlink(const struct netlink_step *step);
 int open_in(int root, const char *path, int flags, uint64_t resolve);
 int make_directory_in(int root, const char *path, unsigned mode);
 int make_target_in(int root, const char *path, bool directory);
-int open_parent_in(int root, const char *path, char name[NAME_MAX + 1]);
+bool split_path(const char *path, char parent[PATH_MAX], char name[NAME_MAX + 1]);
 int open_verified_null(int root);
 bool is_null_device(int fd);
 

@@ -107,6 +107,42 @@ static int walk_and_make(int root, char path[PATH_MAX], unsigned mode)
 	return dir;
 }
 
+/* Split a path into its parent, as an absolute path, and its last component.  False with errno set on error. */
+bool split_path(const char *path, char parent[PATH_MAX], char name[NAME_MAX + 1])
+{
+	const char *slash = strrchr(path, '/');
+	size_t length = slash == NULL ? 0 : (size_t)(slash - path);
+	const char *last = slash == NULL ? path : slash + 1;
+
+	if (length + 2 > PATH_MAX || strlen(last) > NAME_MAX) {
+		errno = ENAMETOOLONG;
+		return false;
+	}
+	if (last[0] == '\0' || strcmp(last, ".") == 0 || strcmp(last, "..") == 0) {
+		errno = EINVAL;
+		return false;
+	}
+	strcpy(name, last);
+	parent[0] = '/';
+	memcpy(parent + 1, path, length);
+	parent[length + 1] = '\0';
+	return true;
+}
+
+/* Create the directory `path` if, as usual, nothing but its last component is missing; otherwise return -1. */
+static int make_last_directory(int root, const char *path, unsigned mode)
+{
+	char parent[PATH_MAX], name[NAME_MAX + 1];
+	int dir = split_path(path, parent, name) ? open_in(root, parent, O_PATH | O_DIRECTORY, 0) : -1, made = -1;
+
+	if (dir < 0)
+		return -1;
+	if (mkdirat(dir, name, mode) == 0)
+		made = openat(dir, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	close(dir);
+	return made;
+}
+
 /* Open the directory `path` inside the root, creating it with missing parents; for a dangling link, its target. */
 int make_directory_in(int root, const char *path, unsigned mode)
 {
@@ -114,6 +150,9 @@ int make_directory_in(int root, const char *path, unsigned mode)
 	int dir = open_in(root, path, O_PATH | O_DIRECTORY, 0);
 
 	if (dir >= 0 || errno != ENOENT)
+		return dir;
+	dir = make_last_directory(root, path, mode);
+	if (dir >= 0)
 		return dir;
 	if (strlen(path) >= sizeof(current)) {
 		errno = ENAMETOOLONG;
@@ -129,34 +168,10 @@ int make_directory_in(int root, const char *path, unsigned mode)
 	return -1;
 }
 
-/* Open (or create) the parent directory of `path`, and copy the last component to `name`. */
-int open_parent_in(int root, const char *path, char name[NAME_MAX + 1])
-{
-	char parent[PATH_MAX];
-	const char *slash = strrchr(path, '/');
-	size_t length = slash == NULL ? 0 : (size_t)(slash - path);
-	const char *last = slash == NULL ? path : slash + 1;
-
-	if (length + 2 > sizeof(parent) || strlen(last) > NAME_MAX) {
-		errno = ENAMETOOLONG;
-		return -1;
-	}
-	if (last[0] == '\0' || strcmp(last, ".") == 0 || strcmp(last, "..") == 0) {
-		errno = EINVAL;
-		return -1;
-	}
-	strcpy(name, last);
-	parent[0] = '/';
-	memcpy(parent + 1, path, length);
-	parent[length + 1] = '\0';
-	return make_directory_in(root, parent, 0755);
-}
-
 static int make_file_in(int root, char path[PATH_MAX])
 {
-	char name[NAME_MAX + 1];
-	int dir = open_parent_in(root, path, name), fd;
-	size_t parent = strlen(path) - strlen(name);
+	char parent[PATH_MAX], name[NAME_MAX + 1];
+	int dir = split_path(path, parent, name) ? make_directory_in(root, parent, 0755) : -1, fd;
 
 	if (dir < 0)
 		return -1;
@@ -164,7 +179,7 @@ static int make_file_in(int root, char path[PATH_MAX])
 	if (fd >= 0) {
 		close(fd);
 		fd = openat(dir, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
-	} else if (errno == EEXIST && follow_link(dir, name, path, parent, "")) {
+	} else if (errno == EEXIST && follow_link(dir, name, path, strlen(path) - strlen(name), "")) {
 		fd = LINK;
 	}
 	close(dir);

@@ -31,25 +31,53 @@ static void bind_device(int root, const struct device_step *device)
 	close(node);
 }
 
-static void make_device(int root, const struct device_step *device)
+/* The directory of the last device or link: it is usually that of the next one, too. */
+struct directory {
+	int fd;
+	char path[PATH_MAX];
+	bool gives_group; /* to what is created in it */
+};
+
+/* Open (or create) the parent directory of `path`, and copy the last component to `name`. */
+static int open_parent(struct directory *last, int root, const char *path, char name[NAME_MAX + 1], const char *step)
+{
+	char parent[PATH_MAX];
+	struct stat st;
+
+	if (!split_path(path, parent, name))
+		fail_errno(step, path, NULL);
+	if (last->fd >= 0 && strcmp(parent, last->path) == 0)
+		return last->fd;
+	if (last->fd >= 0)
+		close(last->fd);
+	last->fd = make_directory_in(root, parent, 0755);
+	if (last->fd < 0 || fstat(last->fd, &st) < 0)
+		fail_errno(step, path, NULL);
+	strcpy(last->path, parent);
+	last->gives_group = (st.st_mode & S_ISGID) != 0;
+	return last->fd;
+}
+
+static void make_device(struct directory *last, int root, const struct device_step *device)
 {
 	char name[NAME_MAX + 1];
 	struct stat st;
 	dev_t number = makedev(device->major, device->minor);
-	int dir, node;
+	int dir, node, made;
 
 	if (device->bind != 0) {
 		bind_device(root, device);
 		return;
 	}
-	dir = open_parent_in(root, device->path, name);
-	if (dir < 0)
-		fail_errno("device", device->path, NULL);
+	dir = open_parent(last, root, device->path, name, "device");
 	/* Create it with the exact mode: a later chmod by name could hit another file. */
 	umask(0);
-	if (mknodat(dir, name, device->mode, number) < 0 && errno != EEXIST)
+	made = mknodat(dir, name, device->mode, number);
+	if (made < 0 && errno != EEXIST)
 		fail_errno("device", device->path, NULL);
 	umask(DEFAULT_UMASK);
+	if (made == 0 && !last->gives_group && device->uid == geteuid() && device->gid == getegid())
+		return;
 	node = openat(dir, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
 	if (node < 0 || fstat(node, &st) < 0)
 		fail_errno("device", device->path, NULL);
@@ -58,21 +86,17 @@ static void make_device(int root, const struct device_step *device)
 	if (fchownat(node, "", device->uid, device->gid, AT_EMPTY_PATH) < 0)
 		fail_errno("device", device->path, NULL);
 	close(node);
-	close(dir);
 }
 
-static void make_link(int root, const struct link_step *link)
+static void make_link(struct directory *last, int root, const struct link_step *link)
 {
 	char name[NAME_MAX + 1];
-	int dir = open_parent_in(root, link->path, name);
+	int dir = open_parent(last, root, link->path, name, "link");
 
-	if (dir < 0)
-		fail_errno("link", link->path, NULL);
 	if (link->replace != 0 && unlinkat(dir, name, 0) < 0 && errno != ENOENT)
 		fail_errno("link", link->path, NULL);
 	if (symlinkat(link->target, dir, name) < 0 && (errno != EEXIST || link->replace != 0))
 		fail_errno("link", link->path, NULL);
-	close(dir);
 }
 
 /*
@@ -250,17 +274,17 @@ static void make_mount_readonly(int root, const struct attribute *a)
 	close(fd);
 }
 
-static void do_device_or_link(int root, const struct attribute *a)
+static void do_device_or_link(struct directory *last, int root, const struct attribute *a)
 {
 	struct device_step device;
 	struct link_step link;
 
 	if (a->type == PLAN_DEVICE) {
 		decode_device(a, &device);
-		make_device(root, &device);
+		make_device(last, root, &device);
 	} else {
 		decode_link(a, &link);
-		make_link(root, &link);
+		make_link(last, root, &link);
 	}
 }
 
@@ -275,6 +299,7 @@ static void set_names(const struct attribute *a)
 struct rootfs_state {
 	struct context *ctx;
 	struct kernel_mounts mounts;
+	struct directory directory;
 	int null, empty;
 	size_t mount_index; /* of the next PLAN_MOUNT */
 	bool hooks_done;    /* the first createContainer step runs all of them */
@@ -317,7 +342,7 @@ static void do_step(const struct attribute *a, struct rootfs_state *s)
 		break;
 	case PLAN_DEVICE:
 	case PLAN_SYMLINK:
-		do_device_or_link(*root, a);
+		do_device_or_link(&s->directory, *root, a);
 		break;
 	case PLAN_RUNTIME_HOOKS:
 		wait_for_runtime_hooks(fds->sync);
@@ -377,7 +402,7 @@ static void do_step(const struct attribute *a, struct rootfs_state *s)
 
 void build_rootfs(struct context *ctx)
 {
-	struct rootfs_state state = {.ctx = ctx, .null = -1, .empty = -1};
+	struct rootfs_state state = {.ctx = ctx, .directory = {.fd = -1}, .null = -1, .empty = -1};
 	struct handles *handles = &ctx->handles;
 	struct cursor steps = ctx->plan.steps;
 	struct attribute a;
@@ -391,6 +416,8 @@ void build_rootfs(struct context *ctx)
 		do_step(&a, &state);
 	if (handles->sysctl >= 0)
 		close(handles->sysctl);
+	if (state.directory.fd >= 0)
+		close(state.directory.fd);
 	if (state.null >= 0)
 		close(state.null);
 	if (state.empty >= 0)

@@ -1,13 +1,13 @@
 /*
  * server.c: the fork server, a resident nsexec that clones itself for each process that the runtime requests.
  *
- * The new process continues in main() as if it had just been spawned, but without execve(2), and already in its cgroup,
- * so that it needs no stage 1 to enter that.
+ * The new process continues in main() as if it had just been spawned, but without execve(2), and already in its cgroup
+ * and in the requested new namespaces, so that it needs no other stage to enter them.
  *
  * A request is one packet: the environment of the new process, NUL-terminated strings one after another, with its
  * descriptors: stdio, then those whose numbers are in the environment, counted from FIRST_PASSED.  They arrive with
- * these numbers, as no others are open.  The answer goes to the request's init socket, in the form of a stage 1, or to
- * its sync socket, as an error.  The server exits with the runtime, at EOF.
+ * these numbers, as no others are open.  The answer goes to the request's init socket, as for a stage 1 or, with new
+ * namespaces, stage 2; or to its sync socket, as an error.  The server exits with the runtime, at EOF.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -86,10 +86,11 @@ static bool clone_requested(void)
 {
 	int cgroup = descriptor_from("_CAISSON_CGROUP"), init = descriptor_from("_LIBCONTAINER_INITPIPE");
 	int gate[2], pidfd = -1, pid = -1, error;
+	uint32_t namespaces = namespaces_from_environment();
 	char go;
 
 	if (pipe2(gate, O_CLOEXEC) == 0)
-		pid = try_clone_sibling(0, cgroup, &pidfd);
+		pid = try_clone_sibling(namespaces, cgroup, &pidfd);
 	if (pid < 0) {
 		error = errno;
 		report_to(descriptor_from("_LIBCONTAINER_SYNCPIPE"), descriptor_from("_LIBCONTAINER_LOGPIPE"), 0);
@@ -98,7 +99,7 @@ static bool clone_requested(void)
 	}
 	if (pid != 0) {
 		FAULT(server_cloned);
-		if (send_stage(init, pid, 0, pidfd) == 0)
+		if (send_stage(init, namespaces == 0 ? pid : 0, namespaces == 0 ? 0 : pid, pidfd) == 0)
 			(void)!write(gate[1], "", 1);
 		return false;
 	}

@@ -213,6 +213,8 @@ void open_sources(struct context *ctx, int joined_userns)
 		if ((step.flags & MOUNT_BIND) != 0 && (ctx->has_userns || (step.flags & MOUNT_IDMAP) != 0)) {
 			if (index >= SOURCES_MAX)
 				fail(E2BIG, "mount", step.target, "more than %d mounts", SOURCES_MAX);
+			if (ctx->fds.namespaces != 0) /* /proc is not that of this pid namespace */
+				fail(EINVAL, "mount", step.target, "id-mapped, unlike the request");
 			if ((step.flags & MOUNT_IDMAP) != 0)
 				mapping = mapping_userns(&step, joined_userns, &last);
 			if (is_below(step.source, rootfs)) {

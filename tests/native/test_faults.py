@@ -28,7 +28,7 @@ from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process.fork_server import ForkServer
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from tests.native.agent_support import ROOT, RunningAgent
-from tests.native.nsexec_support import Box, config, make_rootfs
+from tests.native.nsexec_support import Box, children, config, make_rootfs
 from tests.support.poll import until
 
 pytestmark = pytest.mark.root
@@ -140,26 +140,41 @@ async def fails_cleanly(box: Box, call: asyncio.Task[Any], *, kill: bool) -> boo
 
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "hangs"])
 @pytest.mark.parametrize("kind", kinds())
-async def test_create(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: bool) -> None:
+@pytest.mark.parametrize("by", ["spawn", "fork server"])
+async def test_create(fault_box: Box, faulty: FaultyNsexec, by: str, kind: str, kill: bool) -> None:
     met = set()
+    server = ForkServer(faulty, fault_box.reaper) if by == "fork server" else None
+    fault_box.launcher.starter.server = server
+
+    def stop_at(point: str) -> None:
+        faulty.point = point
+        if server is not None:
+            server.close()  # the next one is told
 
     for point in BEFORE_READY if kill else HANGS:
-        faulty.point = point
+        stop_at(point)
         call = asyncio.ensure_future(fault_box.create(kinds()[kind]))
         if await fails_cleanly(fault_box, call, kill=kill):
             met.add(point)
         else:
             await end(fault_box, await call)
-    faulty.point = ""
+    stop_at("")
     await end(fault_box, await fault_box.create(kinds()[kind]))  # the next one works
+    if server is not None:
+        server.close()
+        await until(lambda: server.pid not in children(), "it has exited")
     with_stage_one = {point for point in POINTS if point.startswith("stage1") or point == "stage0_maps"}
-    wanted = set(BEFORE_READY if kill else HANGS) - {"server_cloned"}
+    wanted = set(BEFORE_READY if kill else HANGS)
     if kind in ("plain", "terminal"):
         wanted -= with_stage_one
     elif kind == "time offsets":
         wanted -= {"stage1_unmapped", "stage1_mapped"}
     else:
         wanted -= {"stage1_offsets"}
+    if server is not None and kind in ("plain", "terminal"):  # it clones stage 2 itself
+        wanted -= {point for point in POINTS if point.startswith("stage2")}
+    else:
+        wanted -= {"server_cloned"}
     assert met == wanted
 
 

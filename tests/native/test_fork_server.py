@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import copy
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import pytest
 from caisson.agent.libcontainer.cgroups import CgroupV2
 from caisson.agent.libcontainer.cgroups.base import Cgroup
 from caisson.agent.libcontainer.config.process import Process
+from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process import init_process
@@ -46,7 +48,7 @@ class Removed:
 
 
 class Served(Box):
-    """A box whose execs a fork server creates."""
+    """A box whose processes a fork server creates."""
 
     def __init__(self, path: Path, nsexec: Nsexec) -> None:
         super().__init__(path, make_rootfs(path / "rootfs"), nsexec, timeout=1.0)
@@ -134,6 +136,82 @@ async def test_it_has_the_attributes_of_a_spawned_one(box: Served, cgroup: Cgrou
         signal.signal(signal.SIGRTMIN, before[1])
     assert outputs[0] == outputs[1]
     assert "SigBlk:\t0000000000000000\n" in outputs[0]
+
+
+#: What a container shows of itself, its root and its namespaces.
+VIEW = (
+    "cd /proc/self; umask; cat limits cgroup oom_score_adj; grep -vE '^(Vm|Rss|SigQ|.*ctxt)' status;"
+    " cut -d' ' -f4- mountinfo | sed -E 's/(shared|master|propagate_from):[0-9]+//'; ls -ln /dev; ls fd; hostname;"
+    " cat /proc/1/comm; ls /sys/class/net; cat /sys/class/net/lo/flags"
+)
+
+
+async def test_a_container_is_like_one_by_spawn(box: Served, cgroup: Cgroup) -> None:
+    value = config("sh", "-c", VIEW, oomScoreAdj=300)
+    value["linux"]["namespaces"].append({"type": "cgroup"})
+    value["linux"]["maskedPaths"] = ["/sys/firmware"]
+    outputs = []
+    for server in (box.server, None):
+        box.launcher.starter.server = server
+        outputs.append(await box.output(value, cgroup=cgroup))
+    assert outputs[0] == outputs[1]
+    assert outputs[0][0] == 0 and "\n300\n" in outputs[0][1] and "\n0::/\n" in outputs[0][1]
+    assert box.server.pid > 0
+
+
+async def test_it_clones_a_container_in_one_step(box: Served) -> None:
+    """Without an intermediate stage, unless one is needed outside the container."""
+    ids = {name: [{"containerID": 0, "hostID": 100000, "size": 1000}] for name in ("uidMappings", "gidMappings")}
+    user = config()
+    user["linux"] |= ids
+    user["linux"]["namespaces"].append({"type": "user"})
+    mapped = config()
+    mapped["mounts"].append(
+        {"destination": "/mnt", "type": "bind", "source": str(box.rootfs / "tmp"), "options": ["bind", "idmap"]} | ids
+    )
+    first = await box.running()
+    joining = config()
+    joining["hostname"] = ""
+    near = {"uts": f"/proc/{first.child.pid}/ns/uts", "network": f"/proc/{first.child.pid}/ns/net"}
+    beside = copy.deepcopy(joining)
+    beside["mounts"] = [mount for mount in beside["mounts"] if mount["type"] != "proc"]
+    beside["linux"] |= {"maskedPaths": [], "readonlyPaths": []}
+    for value, join, count in (
+        (config(), {}, 0),
+        (joining, near, 0),
+        (user, {}, 2),
+        (mapped, {}, 1),
+        (beside, {"pid": f"/proc/{first.child.pid}/ns/pid"}, 1),
+    ):
+        launched = await box.create(value, join=join)
+        assert len(launched.stages) == count
+        await box.start(launched)
+        assert await launched.child.wait() == 0
+
+
+async def test_namespaces_are_joined_after_the_clone(box: Served) -> None:
+    first = await box.running()
+    join = {name: f"/proc/{first.child.pid}/ns/{name}" for name in ("uts", "ipc")}
+    value = config("sh", "-c", "cd /proc/self/ns; readlink uts; readlink ipc")
+    value["hostname"] = ""
+    _, out, _ = await box.output(value, join=join)
+    assert out.split() == [str(Path(path).readlink()) for path in join.values()]
+
+
+async def test_an_invalid_configuration_leaves_nothing(box: Served) -> None:
+    """It is found while the container's first process is already being cloned."""
+    value = config()
+    value["mounts"].append({"destination": "/", "type": "tmpfs"})
+    for _ in range(3):
+        with pytest.raises(SpecError, match="must not be the container's root"):
+            await box.create(value)
+    assert not box.fifo.exists()
+    assert children() == [box.server.pid]
+
+
+async def test_messages_longer_than_the_socket_holds_arrive(box: Served) -> None:
+    args = ["sh", "-c", "echo $# ${#1}", "sh", *(["x" * 100_000] * 12)]
+    assert await box.output(config(*args)) == (0, "12 100000\n", "")
 
 
 async def test_a_terminal(box: Served) -> None:

@@ -136,6 +136,38 @@ def test_hooks_of_nsexec_and_of_the_agent() -> None:
         _init(spec, join={"pid": "/p"}, procfs="/shared/proc")
 
 
+ID_MAPS: dict[str, Any] = {
+    name: [{"containerID": 0, "hostID": 1000, "size": 1}] for name in ("uidMappings", "gidMappings")
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "join", "expected"),
+    [
+        ({}, {}, {"mount", "pid"}),
+        ({"namespaces": [{"type": "mount"}, {"type": "pid"}, {"type": "cgroup"}]}, {}, {"mount", "pid"}),
+        ({}, {"uts": "/u"}, {"mount", "pid"}),
+        ({"namespaces": [{"type": "mount"}, {"type": "pid"}, {"type": "uts", "path": "/u"}]}, {}, {"mount", "pid"}),
+        ({}, {"pid": "/p"}, set()),
+        ({"namespaces": [{"type": "mount"}, {"type": "user"}]} | ID_MAPS, {}, set()),
+        ({}, {"user": "/p"}, set()),
+        ({"namespaces": [{"type": "mount"}, {"type": "time"}]}, {}, set()),
+    ],
+)
+def test_namespaces_in_which_an_init_is_cloned(
+    changes: dict[str, Any], join: dict[str, str], expected: set[str]
+) -> None:
+    spec = _spec(**{f"linux__{name}": value for name, value in changes.items()})
+    flags = sum(wire.NAMESPACES[name][0] for name in expected)
+    assert plan.init_namespaces(spec, join) == flags
+
+
+@pytest.mark.parametrize("options", [["bind", "idmap"], ["bind", "ridmap"], ["bind"]])
+def test_an_init_with_id_mapped_mounts_is_not(options: list[str]) -> None:
+    mount: dict[str, Any] = {"destination": "/m", "type": "bind", "source": "/s", "options": options}
+    assert plan.init_namespaces(_spec(mounts=[mount | (ID_MAPS if options == ["bind"] else {})]), {}) == 0
+
+
 def test_an_exec_takes_what_it_does_not_name_from_the_container() -> None:
     spec = _spec(
         process__capabilities={"bounding": ["CAP_KILL"]},

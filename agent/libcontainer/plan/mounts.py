@@ -290,6 +290,11 @@ class FileSystem:
             yield wire.truth(wire.ROOT_READONLY, True)
 
 
+def is_id_mapped(mount: Mount) -> bool:
+    """Return whether a mount of the configuration has ids mapped."""
+    return bool(mount.uid_mappings) or not IDMAP.keys().isdisjoint(mount.options)
+
+
 def plan_mount(mount: Mount, where: str) -> PlannedMount:
     """Plan a mount of the configuration.  Raises SpecError."""
     options = parse_options(mount.options, type_=mount.type, where=f"{where}.options")

@@ -14,7 +14,7 @@ from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Linux
 from caisson.agent.libcontainer.plan import sysctl, wire
 from caisson.agent.libcontainer.plan.capabilities import capability_mask, rlimit_number
-from caisson.agent.libcontainer.plan.mounts import FileSystem, absolute, root_propagation
+from caisson.agent.libcontainer.plan.mounts import FileSystem, absolute, is_id_mapped, root_propagation
 from caisson.agent.libcontainer.plan.wire import (
     CAPABILITIES,
     CONSOLE,
@@ -178,6 +178,19 @@ def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
     ]
     head = wire.bootstrap(create=_mask(("pid", "mount", "network", "cgroup")), paths=join.items())
     return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(PAUSE)
+
+
+def init_namespaces(spec: Spec, join: Mapping[str, str]) -> int:
+    """Return the new namespaces in which an init can be cloned, as CLONE_NEW* flags.
+
+    0: it needs stages outside of them, to write id maps or time offsets, or to enter a pid namespace last.  Raises
+    SpecError.
+    """
+    joined = joined_paths(spec.linux, join)
+    types = {namespace.type for namespace in spec.linux.namespaces} | set(joined)
+    if "pid" in joined or not types.isdisjoint(("user", "time")) or any(is_id_mapped(mount) for mount in spec.mounts):
+        return 0
+    return _mask(types - {"cgroup", *joined})
 
 
 def exec_messages(

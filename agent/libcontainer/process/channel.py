@@ -87,9 +87,11 @@ class SetupChannel:
         return self._epoll.fileno()
 
     def send(self, messages: bytes) -> None:
-        """Write as much as fits into the init socket; the rest follows later.  Call it before the spawn."""
+        """Write as much as fits into the init socket; the rest follows later."""
         self._unsent = memoryview(messages)
         self._send()
+        if self._unsent:
+            self._watch_init()
 
     def spawned(self, pid: int, *, until_end: bool = False) -> None:
         """Follow stage 0.  Call it right after the spawn.
@@ -109,9 +111,9 @@ class SetupChannel:
 
     def _watch_init(self) -> None:
         """Wake the caller if the init socket has something to read that it waits for, or takes what is unsent."""
-        events = self._events | (select.EPOLLOUT if self._unsent else 0)
-        if self._init.fileno() in self._handlers:
-            self._watch(self._init.fileno(), events or None)
+        events = self._events if self._init.fileno() in self._handlers else 0
+        events |= select.EPOLLOUT if self._unsent else 0
+        self._watch(self._init.fileno(), events or None)
 
     def _watch(self, fd: int, events: int | None) -> None:
         """Wait for events on a socket, and for its end; None: for nothing."""
@@ -136,6 +138,8 @@ class SetupChannel:
         for fd, events in self._epoll.poll(0):
             if events & select.EPOLLOUT:
                 self._send()
+                if not self._unsent:
+                    self._watch_init()
             if events & ~select.EPOLLOUT and fd in self._handlers:
                 self._handlers[fd]()
 
@@ -155,8 +159,6 @@ class SetupChannel:
             return
         except OSError:  # it has exited; the sync socket says why
             self._unsent = memoryview(b"")
-        if not self._unsent:
-            self._watch_init()
 
     def _on_init(self) -> None:
         """Receive messages one by one: those with descriptors are not merged (unix(7)).  At most two are expected."""
@@ -169,7 +171,8 @@ class SetupChannel:
             for fd in fds:
                 os.close(fd)
             if not data or self.pidfd >= 0:
-                self._forget(self._init.fileno())
+                self._handlers.pop(self._init.fileno(), None)
+                self._watch_init()  # it may not have been told everything yet
                 return
 
     def _on_announcement(self, found: dict[str, object], fds: list[int]) -> None:

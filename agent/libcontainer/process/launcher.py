@@ -17,6 +17,7 @@ from caisson.agent.libcontainer.process.starter import Starter, too_late, with_h
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Any
 
     from caisson.agent.libcontainer.config.process import Process
     from caisson.agent.libcontainer.config.seccomp import Seccomp
@@ -90,15 +91,17 @@ class ProcessLauncher:
         `procfs` is a mount of the pid namespace's procfs, if one is joined; `filter` is a seccomp filter; `hooks` run
         as configured.  Nothing is left on failure.  Raises SpecError or LaunchError.
         """
-        if spec.process is not None:
-            # Here, no process of the container is running yet that could serve these files itself.
-            spec = spec.but(process=users.look_up(spec.process, rootfs))
         process = spec.process
         devices = _net_devices(spec)
         map_programs, setgroups = users.map_writers(spec.linux)
-        messages = _encode(
-            lambda: plan.init_messages(
-                spec,
+        namespaces = plan.init_namespaces(spec, join)
+
+        def messages() -> bytes:
+            # No process of the container is running yet that could serve the files of its users itself.
+            found = None if process is None else users.look_up(process, rootfs)
+            return _encode(
+                plan.init_messages,
+                spec.but(process=found),
                 rootfs=rootfs,
                 bundle=bundle,
                 join=join,
@@ -113,7 +116,7 @@ class ProcessLauncher:
                 keyring=launch.keyring,
                 on_host=launch.on_host,
             )
-        )
+
         if filter:
             flags = int.from_bytes(filter[:4], sys.byteorder)
             self._log("debug", f"seccomp filter flags: {flags}", container=launch.container_id)
@@ -138,6 +141,7 @@ class ProcessLauncher:
                 devices=devices,
                 listener=_listener(spec, launch.container_id, bundle),
                 scheduler=_late_scheduler(process, spec) if in_company and process is not None else None,
+                namespaces=namespaces,
             )
         except BaseException:
             gate.remove(start_gate)
@@ -171,9 +175,8 @@ class ProcessLauncher:
         own_pipes(launch.stdio, spec)
         # Its current root; the caller has checked that the pid is still its own.
         process = await self._with_user(process, f"/proc/{init_pid}/root", rootfs)
-        messages = _encode(lambda: plan.exec_messages(process, spec, join, filter, on_host=launch.on_host))
         started = await self.starter.start(
-            messages,
+            lambda: _encode(plan.exec_messages, process, spec, join, filter, on_host=launch.on_host),
             "setns",
             _also_in(launch, _rdt_group(spec, launch.container_id)),
             {"_CAISSON_PIDFD": pidfd},
@@ -241,7 +244,7 @@ class ProcessLauncher:
         ends = os.pipe2(os.O_CLOEXEC)  # for stdio, which it closes
         try:
             started = await self.starter.start(
-                plan.pause_messages(rootfs, join),
+                lambda: plan.pause_messages(rootfs, join),
                 "pause",
                 Launch("pause", Stdio(ends[0], ends[1], ends[1])),
                 {"_CAISSON_PROCFS": target},
@@ -314,8 +317,8 @@ def _listener(spec: Spec, container_id: str, bundle: str, init_pid: int = 0) -> 
     return Listener(spec, container_id, bundle, init_pid)
 
 
-def _encode(make: Callable[[], bytes]) -> bytes:
+def _encode(messages: Callable[..., bytes], *arguments: Any, **options: Any) -> bytes:
     try:
-        return make()
+        return messages(*arguments, **options)
     except EncodingError as error:
         raise LaunchError(str(error), step="encode") from error

@@ -54,7 +54,7 @@ class Starter:
 
     async def start(
         self,
-        messages: bytes,
+        messages: Callable[[], bytes],
         kind: str,
         launch: Launch,
         passed: Mapping[str, int],
@@ -65,11 +65,13 @@ class Starter:
         devices: tuple[NetDevice, ...] = (),
         listener: Listener | None = None,
         scheduler: bytes | None = None,
+        namespaces: int = 0,
     ) -> InitProcess:
         """Return the process once it is set up, or with ``until_exec`` has executed its program.
 
-        ``messages`` tell it what to do, ``kind`` is its type on the wire; ``passed`` are further descriptors by
-        environment variable.  Nothing is left on failure.  Raises LaunchError.
+        ``messages`` returns what to tell it, called while it is being cloned; ``kind`` is its type on the wire;
+        ``passed`` are further descriptors by environment variable; ``namespaces`` are those in which an init can be
+        cloned (plan.init_namespaces).  Nothing is left on failure.  Raises LaunchError, and what ``messages`` raises.
         """
         with self._children.expecting():
             started = InitProcess(
@@ -86,10 +88,14 @@ class Starter:
                     "_LIBCONTAINER_INITTYPE": kind,
                     "_LIBCONTAINER_LOGLEVEL": LOG_DEBUG if self._verbose else LOG_INFO,
                 }
-                channel.send(messages)
                 until_end = until_exec and (listener, scheduler, launch.announced) == (None, None, None)
-                if kind != "setns" or not self._request(started, launch, fds, settings, until_end=until_end):
+                if namespaces:
+                    settings["_CAISSON_NAMESPACES"] = str(namespaces)
+                served = kind == "setns" or namespaces != 0
+                if not served or not self._request(started, launch, fds, settings, until_end=until_end):
+                    settings.pop("_CAISSON_NAMESPACES", None)
                     started.spawned(self._spawn(launch, fds, settings), until_end=until_end)
+                channel.send(messages())
                 timeout = await self._run_hooks(started, hooks, devices)
                 if listener is not None:
                     await self._pass_listener(started, listener, timeout)
