@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-#: Bytes of the largest block in regular use: a MiB of output and its framing.
-LARGEST_BLOCK = 2 << 20
+#: Bytes of the largest block in regular use: 4 MiB of output and its framing.
+LARGEST_BLOCK = 5 << 20
 
 
 def raise_mmap_threshold() -> None:

@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 #: The default container of a VM.
 DEFAULT = "default"
 
-#: Bytes requested or sent in one call.  A pipe holds 64 KiB by default, a message 4 MiB.
+#: Bytes that are copied at once.  A pipe holds 64 KiB by default, and at most this unless root has made it.
 CHUNK = 1 << 20
+
+#: Bytes of input that are read and sent in one call: a message holds 4 MiB.
+INPUT_CHUNK = 2 << 20
+
+#: Bytes of output requested in one call: what fits into a message.  A call costs as much as moving half a MiB.
+OUTPUT_CHUNK = 63 << 16
 
 #: Signals that are passed on to the process.
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)

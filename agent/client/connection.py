@@ -13,7 +13,7 @@ from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
 
 from caisson.agent.base import heap
-from caisson.agent.client.caller import CHUNK
+from caisson.agent.client.caller import OUTPUT_CHUNK
 from caisson.agent.client.channel import AgentChannel, BlockingChannel, TtrpcChannel
 from caisson.agent.client.errors import AgentError, Reason
 from caisson.agent.rpc.codes import StatusCode
@@ -322,7 +322,7 @@ class Process:
             yield answer.data
 
     async def _read(self, method: str) -> Any:
-        request = agent_pb2.ReadStreamRequest(len=CHUNK, **self._key)
+        request = agent_pb2.ReadStreamRequest(len=OUTPUT_CHUNK, **self._key)
         reading = getattr(self._rpc, method)
         if self._cancels:
             return await reading(request)

@@ -16,10 +16,11 @@ from functools import partial
 
 from caisson.agent.base import json
 from caisson.agent.client.caller import (
-    CHUNK,
     DEFAULT,
     FORWARDED,
+    INPUT_CHUNK,
     MAX_STOPS,
+    OUTPUT_CHUNK,
     PATH,
     ROOT,
     STOPS,
@@ -208,7 +209,7 @@ class ContainerProcess:
     def read(self, method: str) -> memoryview:
         """Read an output stream; empty at its end.  Raises AgentError."""
         answers: SimpleQueue[Frame | None] = SimpleQueue()
-        self.post(method, answers.put, (LENGTH, CHUNK))
+        self.post(method, answers.put, (LENGTH, OUTPUT_CHUNK))
         return output(take(answers), method)
 
     def signal(self, number: int, timeout: float | None = None) -> None:
@@ -325,7 +326,7 @@ def ignore(_: object) -> None:
 
 def _read_input() -> bytes:
     try:
-        return os.read(0, CHUNK)
+        return os.read(0, INPUT_CHUNK)
     except OSError:
         return b""
 

@@ -14,7 +14,6 @@ import grpc
 from caisson.agent.client.errors import AgentError, Reason, connection_error, error_from_status
 from caisson.agent.rpc.codes import StatusCode
 
-#: Message size for 1 MiB of output, as the client requests, and gRPC's default limit.
 MIB = 1 << 20
 
 #: A guest's agent is one hop away: reconnect at once, not after gRPC's default of a second.
@@ -26,10 +25,9 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     # The peer of a Unix socket has no name; without this the path itself becomes the :authority.
     ("grpc.default_authority", "agent"),
-    # A response with 1 MiB of output arrives in one piece: the agent need not wait for window, nor split it into 16
-    # KiB.
+    # 4 MiB of output arrive in one frame: the agent need not wait for window, nor split them into 16 KiB.
     ("grpc.http2.lookahead_bytes", 4 * MIB),
-    ("grpc.http2.max_frame_size", 2 * MIB),
+    ("grpc.http2.max_frame_size", 5 * MIB),
 ]
 
 #: Texts of 1.x that say more than their codes (docker and containerd also match some).

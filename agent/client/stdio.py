@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from caisson.agent.client.caller import (
-    CHUNK,
     FORWARDED,
+    INPUT_CHUNK,
     MAX_STOPS,
     STOPS,
     output_error,
@@ -93,7 +93,7 @@ async def read(source: int) -> AsyncIterator[bytes]:
     def deliver() -> None:
         while wanted.acquire():
             try:
-                data = os.read(source, CHUNK)
+                data = os.read(source, INPUT_CHUNK)
             except OSError:
                 data = b""
             try:

@@ -32,6 +32,7 @@ from caisson.agent.libcontainer.state import CREATED, PAUSED, RUNNING, STOPPED, 
 from caisson.agent.model.oom import OomWatcher
 from caisson.agent.model.process import Process, kernel_drops, start_process
 from caisson.agent.model.process_table import ProcessTable
+from caisson.agent.model.stdio import Pipes
 from caisson.agent.model.waits import Readers
 
 TYPE_CHECKING = False
@@ -148,7 +149,7 @@ class Container:
         self._shares_pids = "pid" in join
         try:
             terminal = self.spec.process.terminal
-            init, self._pidfd = await start_process(launch, exec_id, terminal, self._pipe_size, self._join_fds())
+            init, self._pidfd = await start_process(launch, exec_id, terminal, self._make_pipes, self._join_fds())
         except LaunchError as error:
             if self._cgroup is not None and self._cgroup.oom_kills():
                 raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
@@ -225,14 +226,14 @@ class Container:
             )
 
         async def start() -> tuple[Process, int]:
-            terminal, size = process.terminal, self._pipe_size
+            terminal = process.terminal
             try:
-                return await start_process(launch, exec_id, terminal, size, self._join_fds())
+                return await start_process(launch, exec_id, terminal, self._make_pipes, self._join_fds())
             except LaunchError as error:
                 if error.errno != EBUSY or self._cgroup is None:
                     raise
                 join = await self.reads(partial(self._cgroup.join_fds_of, init.pid))
-            return await start_process(launch, exec_id, terminal, size, join)
+            return await start_process(launch, exec_id, terminal, self._make_pipes, join)
 
         with self._processes.starting(exec_id):
             try:
@@ -244,6 +245,9 @@ class Container:
             os.close(pidfd)
             self._processes.add_exec(started)
             return started
+
+    def _make_pipes(self) -> Pipes:
+        return Pipes(self._pipe_size, self._resources.memory.limit)
 
     def _join_fds(self) -> JoinFds | None:
         return None if self._cgroup is None else self._cgroup.join_fds()

@@ -117,14 +117,14 @@ async def start_process(
     launch: Callable[[Stdio | None, dict[str, int]], Awaitable[Launched]],
     exec_id: str,
     terminal: bool,
-    pipe_size: int,
+    make_pipes: Callable[[], Pipes],
     join: JoinFds | None,
 ) -> tuple[Process, int]:
     """Start a process with pipes or a terminal around it, in a cgroup, and return it with its pidfd.
 
     On failure nothing of them is left.
     """
-    pipes = None if terminal else Pipes(pipe_size)
+    pipes = None if terminal else make_pipes()
     stdio = None if pipes is None else pipes.child_ends
     try:
         if join is None:

@@ -23,8 +23,20 @@ if TYPE_CHECKING:
 
     from caisson.agent.model.reaper import Child
 
-#: Maximum bytes of one read, and the size that the pipe of a bulk stream grows to: four fit into a message.
-LARGEST_READ = 1 << 20
+#: Maximum bytes of one read: with their framing they fit into a message (4 MiB, by gRPC's and ttrpc's limit).
+LARGEST_READ = 63 << 16
+
+#: The size that the pipe of any bulk stream may grow to: what the kernel grants every program, too.
+BULK_PIPE = 1 << 20
+
+#: The size of a large pipe, for a stream that fills that one: a call costs as much CPU time as moving half a MiB.
+LARGE_PIPE = 1 << 22
+
+#: Maximum large pipes at once: they can hold 32 MiB of the guest's memory.
+MAX_LARGE_PIPES = 8
+
+#: The least memory limit of a container whose processes get large pipes, which are charged to it when full.
+LARGE_PIPE_MEMORY = 128 << 20
 
 #: A reader that gets half of the default pipe size, and asks for more, gets a larger pipe.  (Not all of its bytes can
 #: be used: a write that does not fit into the last page begins a new one.)
@@ -43,17 +55,41 @@ TERMINAL_CAPACITY = 1 << 17
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
 
 
+class LargePipes:
+    """Counts the pipes that are large now."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def take(self) -> bool:
+        """Count another one, if it may be."""
+        if not self._left:
+            return False
+        self._left -= 1
+        return True
+
+    def give(self) -> None:
+        """Count one less."""
+        self._left += 1
+
+
+_LARGE_PIPES = LargePipes(MAX_LARGE_PIPES)
+
+
 class _End:
     """The agent's end of a stream: a descriptor used by one caller at a time, and closed only here.
 
-    Closing it under a waiting caller would let its number be reused for something else.
+    Closing it under a waiting caller would let its number be reused for something else.  A pipe is large only while its
+    stream flows.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, may_be_large: bool = True) -> None:
         os.set_blocking(fd, False)
         self._fd = fd
         self._lock = asyncio.Lock()
         self._released = False
+        self._may_be_large = may_be_large
+        self._is_large = False
 
     @asynccontextmanager
     async def _use(self) -> AsyncIterator[None]:
@@ -74,13 +110,33 @@ class _End:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            self._give_large()
+
+    def _enlarge(self) -> bool:
+        """Make the pipe a large one; False if it may not be."""
+        if not self._is_large and self._may_be_large and _LARGE_PIPES.take():
+            self._is_large = True
+            if not resize_pipe(self._fd, LARGE_PIPE):
+                self._may_be_large = False
+                self._give_large()
+        return self._is_large
+
+    def _reduce(self) -> None:
+        """Make a large pipe an ordinary one, unless it holds more than that."""
+        if self._is_large and resize_pipe(self._fd, BULK_PIPE):
+            self._give_large()
+
+    def _give_large(self) -> None:
+        if self._is_large:
+            self._is_large = False
+            _LARGE_PIPES.give()
 
 
 class Output(_End):
     """The reading end of one output stream."""
 
-    def __init__(self, fd: int, *, grows: bool = False, is_terminal: bool = False) -> None:
-        super().__init__(fd)
+    def __init__(self, fd: int, *, grows: bool = False, is_terminal: bool = False, may_be_large: bool = True) -> None:
+        super().__init__(fd, may_be_large=may_be_large)
         self._grows = grows
         self._is_terminal = is_terminal
         self._gathered = bytearray()
@@ -124,8 +180,10 @@ class Output(_End):
                 if self._left is not None:
                     self._left -= len(data)
                 elif self._grows and len(data) >= BULK:
-                    self._grow(size)
+                    self._grow(size, len(data))
                 self._flows = len(data) >= PAGE
+                if self._is_large and not self._flows:
+                    self._reduce()
                 if self._is_terminal and not exited and len(data) >= TERMINAL_PIECE:
                     return await self._gather(data, size)
                 return data
@@ -157,14 +215,17 @@ class Output(_End):
         del self._gathered[:size]
         return data
 
-    def _grow(self, wanted: int) -> None:
+    def _grow(self, wanted: int, came: int) -> None:
         """Grow the pipe to the size that the reader asks for: fewer calls are faster.
 
         The room is in the kernel, charged to the writer's container, and only grows when useful; a full pipe slows the
         writer down.
         """
-        if _capacity(self._fd) < wanted:
-            self._grows = resize_pipe(self._fd, wanted)
+        if wanted > BULK_PIPE and came >= BULK_PIPE // 2 and self._enlarge():
+            return
+        size = min(wanted, BULK_PIPE)
+        if _capacity(self._fd) < size:
+            self._grows = resize_pipe(self._fd, size)
 
     def exited(self) -> None:
         """Close an empty pipe: the process has exited, whether or not anyone will read it."""
@@ -179,8 +240,8 @@ class Input(_End):
     otherwise wake the agent for each.
     """
 
-    def __init__(self, fd: int) -> None:
-        super().__init__(fd)
+    def __init__(self, fd: int, *, may_be_large: bool = True) -> None:
+        super().__init__(fd, may_be_large=may_be_large)
         self._grown = False
 
     async def write(self, data: bytes | memoryview, child: Child) -> int:
@@ -189,22 +250,31 @@ class Input(_End):
             if self._released and child.status is None:
                 return 0
             view = memoryview(data)
+            if self._is_large and len(view) < PAGE:
+                self._reduce()
             while view:
                 if self._released:
                     raise BrokenStream
                 try:
                     view = view[os.write(self._fd, view) :]
                 except BlockingIOError:
-                    if len(view) >= BULK and not self._grown:
-                        self._grown = True
-                        if resize_pipe(self._fd, LARGEST_READ):
-                            continue
+                    if self._grow(len(view)):
+                        continue
                     await _event_or_exit(self._fd, child, writing=True)
                     if len(view) >= BULK:
                         await asyncio.sleep(GATHER)  # a page is free; soon there will be room for many
                 except OSError:
                     raise BrokenStream from None
             return len(data)
+
+    def _grow(self, left: int) -> bool:
+        """Grow a full pipe, once, for so many bytes that it has no room for; False if they have to wait."""
+        if left >= BULK_PIPE and not self._is_large and self._enlarge():
+            return True
+        if left < BULK or self._grown:
+            return False
+        self._grown = True
+        return resize_pipe(self._fd, BULK_PIPE)
 
     async def close(self) -> None:
         """Let the process read end-of-file after what was already written.  Idempotent."""
@@ -275,9 +345,10 @@ class Pipes:
     """The three pipes of a process about to start: ``child_ends`` for the child, the rest for Streams.
 
     ``size`` is that of the pipes of output, in bytes; 0 starts with the kernel's default, and bulk streams get more.
+    ``memory`` is the container's limit, if it has one: large pipes would take too much of a small one.
     """
 
-    def __init__(self, size: int = 0) -> None:
+    def __init__(self, size: int = 0, memory: int | None = None) -> None:
         pairs: list[tuple[int, int]] = []
         try:
             for _ in range(3):
@@ -290,6 +361,7 @@ class Pipes:
         (stdin, self._stdin), (self._stdout, stdout), (self._stderr, stderr) = pairs
         self.child_ends = Stdio(stdin, stdout, stderr)
         self._grow = size == 0
+        self._may_be_large = memory is None or memory <= 0 or memory >= LARGE_PIPE_MEMORY
         if size > 0:
             for fd in (stdout, stderr):
                 resize_pipe(fd, size)
@@ -297,8 +369,9 @@ class Pipes:
     def started(self) -> Streams:
         """Keep only our ends: the child has its own."""
         self._close_child_ends()
-        stdout, stderr = (Output(fd, grows=self._grow) for fd in (self._stdout, self._stderr))
-        return Streams(Input(self._stdin), stdout, stderr, None)
+        large = self._may_be_large
+        stdout, stderr = (Output(fd, grows=self._grow, may_be_large=large) for fd in (self._stdout, self._stderr))
+        return Streams(Input(self._stdin, may_be_large=large), stdout, stderr, None)
 
     def failed(self) -> None:
         """Close everything: there is no child."""

@@ -25,7 +25,7 @@ from typing import Any
 import grpc
 
 from caisson.agent.client import Agent, Container
-from caisson.agent.client.caller import CHUNK
+from caisson.agent.client.caller import OUTPUT_CHUNK
 from caisson.agent.client.grpc_channel import CHANNEL_OPTIONS
 from caisson.proto.kata1 import agent_pb2
 from tests.bench import transports
@@ -156,8 +156,9 @@ async def bulk(container: Container, size: int) -> float:
 async def raw_bulk(call: Callable[[str, bytes], Awaitable[bytes]], size: int) -> float:
     """Return the milliseconds per MiB of messages of the maximum size the agent may send."""
     began = time.perf_counter()
-    for _ in range(size // CHUNK):
-        assert len(await call("Bytes", b"%d" % CHUNK)) == CHUNK
+    for at in range(0, size, OUTPUT_CHUNK):
+        piece = min(OUTPUT_CHUNK, size - at)
+        assert len(await call("Bytes", b"%d" % piece)) == piece
     return (time.perf_counter() - began) * 1000 * MIB / size
 
 

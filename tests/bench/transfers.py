@@ -22,7 +22,7 @@ from pathlib import Path
 
 from caisson.agent import client
 from caisson.agent.client import Agent, Container
-from caisson.agent.client.caller import CHUNK, DEFAULT
+from caisson.agent.client.caller import DEFAULT, INPUT_CHUNK
 from caisson.agent.client.guest import Guest
 from caisson.image.vm import VM, VMConfig
 from tests.bench.boot import LEAN, booted, own_run_directory
@@ -133,9 +133,9 @@ class Transfers:
 
     async def _write(self, container: Container) -> float:
         process = await container.exec(["/bin/sh", "-c", "exec dd of=/dev/null bs=1M"])
-        data = bytes(CHUNK)
+        data = bytes(INPUT_CHUNK)
         began = time.perf_counter()
-        for _ in range(self._size // CHUNK):
+        for _ in range(self._size // INPUT_CHUNK):
             await process.write(data)
         await process.close_stdin()
         assert await process.wait() == 0

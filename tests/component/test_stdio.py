@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from caisson.agent.base.errors import BrokenStream, EndOfStream
-from caisson.agent.model.stdio import LARGEST_READ, Input, Output, Pipes, Streams
+from caisson.agent.model.stdio import BULK_PIPE, LARGEST_READ, Input, Output, Pipes, Streams
 from tests.component.stream_support import bytes_in, no_descriptor_is_left, pending, read_all, running_child
 
 PIPE = 65536
@@ -150,12 +150,12 @@ async def test_a_write_waits_for_room_and_lets_others_go_on() -> None:
 
 async def test_a_cancelled_write_makes_way() -> None:
     theirs, ours = os.pipe()
-    stdin, child = Input(ours), running_child()
-    write = await pending(stdin.write(bytes(2 * LARGEST_READ), child))
+    stdin, child = Input(ours, may_be_large=False), running_child()
+    write = await pending(stdin.write(bytes(2 * BULK_PIPE), child))
     write.cancel()
     await asyncio.wait([write])
     await stdin.close()
-    assert len(os.read(theirs, 2 * LARGEST_READ)) == LARGEST_READ
+    assert len(os.read(theirs, 2 * BULK_PIPE)) == BULK_PIPE
     assert os.read(theirs, 1) == b""
     os.close(theirs)
 
@@ -165,8 +165,8 @@ async def test_input_in_bulk_gets_a_larger_pipe() -> None:
     stdin, child = Input(ours), running_child()
     assert await stdin.write(b"little", child) == 6
     assert fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ) == PIPE
-    assert await stdin.write(bytes(LARGEST_READ // 2), child) == LARGEST_READ // 2  # nobody needs to read
-    assert fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ) == LARGEST_READ
+    assert await stdin.write(bytes(BULK_PIPE // 2), child) == BULK_PIPE // 2  # nobody needs to read
+    assert fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ) == BULK_PIPE
     await stdin.close()
     os.close(theirs)
 

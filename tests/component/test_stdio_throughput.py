@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from caisson.agent.model.stdio import LARGEST_READ, PAGE, Output, Pipes, Streams
+from caisson.agent.model import stdio
+from caisson.agent.model.stdio import BULK_PIPE, LARGEST_READ, PAGE, Input, LargePipes, Output, Pipes, Streams
 from tests.component.stream_support import bytes_in, no_descriptor_is_left, pending, read_all, running_child
 
 PIPE = 65536
@@ -36,7 +37,7 @@ def fill(fd: int) -> int:
 @pytest.mark.parametrize(
     ("size", "taken", "room"),
     [
-        (0, LARGEST_READ, LARGEST_READ),
+        (0, BULK_PIPE, BULK_PIPE),
         (0, 2 * PIPE, 2 * PIPE),
         (0, PIPE // 2, PIPE),
         (2 * PIPE, LARGEST_READ, 2 * PIPE),
@@ -71,6 +72,90 @@ async def test_a_pipe_that_is_never_half_full_stays_as_it_is() -> None:
     assert fcntl.fcntl(writer, 1032) == PIPE
     streams.close()
     os.close(writer)
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> LargePipes:
+    """Make pipes small enough to be large without privilege, and allow two large ones."""
+    large = LargePipes(2)
+    monkeypatch.setattr(stdio, "BULK_PIPE", 4 * PIPE)
+    monkeypatch.setattr(stdio, "LARGE_PIPE", 16 * PIPE)
+    monkeypatch.setattr(stdio, "_LARGE_PIPES", large)
+    return large
+
+
+async def flow(streams: Streams, writer: int, pieces: int = 4) -> int:
+    """Let standard output flow; return the size of its pipe."""
+    for _ in range(pieces):
+        fill(writer)
+        await streams.stdout.read(LARGEST_READ, running_child())
+    return fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)
+
+
+async def test_a_pipe_is_large_while_its_stream_flows(sizes: LargePipes) -> None:
+    pipes = Pipes()
+    writer = os.dup(pipes.child_ends.stdout)
+    streams = pipes.started()
+    assert await flow(streams, writer, 1) == 4 * PIPE  # it may have been all of it
+    assert await flow(streams, writer) == 16 * PIPE
+    assert fcntl.fcntl(streams.stderr._fd, fcntl.F_GETPIPE_SZ) == PIPE
+    os.write(writer, b"little")
+    assert await streams.stdout.read(LARGEST_READ, running_child()) == b"little"
+    assert fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ) == 4 * PIPE
+    assert [sizes.take() for _ in range(3)] == [True, True, False]
+    streams.close()
+    os.close(writer)
+
+
+async def test_only_so_many_pipes_are_large_at_once(sizes: LargePipes) -> None:
+    all_pipes = [Pipes() for _ in range(4)]
+    writers = [os.dup(pipes.child_ends.stdout) for pipes in all_pipes]
+    streams = [pipes.started() for pipes in all_pipes]
+    found = [await flow(one, writer) for one, writer in zip(streams, writers, strict=True)]
+    assert found == [16 * PIPE, 16 * PIPE, 4 * PIPE, 4 * PIPE]
+    streams[0].close()
+    assert await flow(streams[3], writers[3]) == 16 * PIPE
+    for one, writer in zip(streams, writers, strict=True):
+        one.close()
+        os.close(writer)
+    assert [sizes.take() for _ in range(3)] == [True, True, False]
+
+
+@pytest.mark.parametrize(("memory", "size"), [(None, 16), (0, 16), (-1, 16), (128 << 20, 16), (64 << 20, 4)])
+@pytest.mark.usefixtures("sizes")
+async def test_a_container_of_little_memory_has_no_large_pipes(memory: int | None, size: int) -> None:
+    pipes = Pipes(memory=memory)
+    writer = os.dup(pipes.child_ends.stdout)
+    streams = pipes.started()
+    assert await flow(streams, writer) == size * PIPE
+    streams.close()
+    os.close(writer)
+
+
+async def test_a_kernel_that_grants_no_large_pipe_leaves_it_to_others(
+    sizes: LargePipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stdio, "LARGE_PIPE", 1 << 30)
+    pipes = Pipes()
+    writer = os.dup(pipes.child_ends.stdout)
+    streams = pipes.started()
+    assert await flow(streams, writer) == 4 * PIPE
+    assert [sizes.take() for _ in range(3)] == [True, True, False]
+    streams.close()
+    os.close(writer)
+
+
+async def test_long_input_gets_a_large_pipe_while_it_flows(sizes: LargePipes) -> None:
+    theirs, ours = os.pipe()
+    stdin, child = Input(ours), running_child()
+    assert await stdin.write(bytes(12 * PIPE), child) == 12 * PIPE  # nobody needs to read
+    assert fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ) == 16 * PIPE
+    os.read(theirs, 12 * PIPE)
+    assert await stdin.write(b"little", child) == 6
+    assert fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ) == 4 * PIPE
+    assert [sizes.take() for _ in range(3)] == [True, True, False]
+    await stdin.close()
+    os.close(theirs)
 
 
 async def test_a_stream_that_flows_is_read_when_more_has_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +235,6 @@ async def test_a_kernel_that_grants_no_larger_pipe_is_asked_once(monkeypatch: py
     for _ in range(3):
         fill(writer)
         assert len(await streams.stdout.read(LARGEST_READ, child)) == PIPE
-    assert asked == [LARGEST_READ]
+    assert asked == [BULK_PIPE]
     streams.close()
     os.close(writer)

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import random
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,8 +18,9 @@ from caisson.agent.rpc.ttrpc.client import Client
 from caisson.agent.rpc.ttrpc.responses import ConnectionClosed
 from caisson.proto.kata1 import health_pb2
 from caisson.proto.ttrpc import ttrpc_pb2
-from tests.component.ttrpc_peers import Request, called, check, connected, failed
+from tests.component.ttrpc_peers import Request, called, check, connected, failed, tcp_pair
 from tests.support import fuzz
+from tests.support.poll import until
 
 
 async def test_calls_and_errors() -> None:
@@ -216,14 +218,7 @@ async def test_a_long_request_that_comes_by_the_page_is_received_in_a_few_pieces
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A turn of the event loop takes longer than receiving a page."""
-    received: list[int] = []
-    note = frames.FrameReader.received
-
-    def noted(reader: frames.FrameReader, count: int) -> None:
-        received.append(count)
-        note(reader, count)
-
-    monkeypatch.setattr(frames.FrameReader, "received", noted)
+    received = pieces_received(monkeypatch)
 
     async with connected() as pair:
         page, request = 1 << 12, check(1, "x" * 600_000)
@@ -234,6 +229,79 @@ async def test_a_long_request_that_comes_by_the_page_is_received_in_a_few_pieces
         assert sum(received) > 500_000
         assert len(received) < 60, received
         await pair.still_serves()
+
+
+async def test_a_long_request_is_waited_for_by_the_kernel_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TCP has what vsock has in a guest: a socket is readable when so many bytes have come, and none has to sleep."""
+    received = pieces_received(monkeypatch)
+    monkeypatch.setattr(server, "low_water", server.LowWater)
+    monkeypatch.setattr(server, "GATHER", 3600)
+    monkeypatch.setattr(server, "MAX_WAIT", 3600)
+
+    async with connected(tcp_pair) as pair:
+        for stream_id in (1, 3):
+            received.clear()
+            page, request = 1 << 12, check(stream_id, "x" * 900_000)
+            for begin in range(0, len(request), page):
+                await pair.send(request[begin : begin + page])
+                await asyncio.sleep(0)  # the server's turn
+            assert (await pair.error())[:2] == (stream_id, StatusCode.UNKNOWN)
+            assert sum(received) > 500_000
+            assert len(received) < 10, received
+            await pair.still_serves(stream_id + 100)
+
+
+async def test_a_request_that_stops_short_is_taken_as_far_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that sends nothing until the agent has taken something must not wait for ever."""
+    received = pieces_received(monkeypatch)
+    monkeypatch.setattr(server, "low_water", server.LowWater)
+    monkeypatch.setattr(server, "MAX_WAIT", 0.05)
+
+    async with connected(tcp_pair) as pair:
+        request = check(1, "x" * 600_000)
+        half = len(request) // 2
+        await pair.send(request[:half])
+        await until(lambda: sum(received) == half - frames.HEADER_SIZE, "the first half is taken", 20)
+        await pair.send(request[half : half + 1000])
+        await until(lambda: sum(received) == half + 1000 - frames.HEADER_SIZE, "a little more is taken", 20)
+        await pair.send(request[half + 1000 :])
+        assert (await pair.error())[:2] == (1, StatusCode.UNKNOWN)
+
+
+async def test_a_socket_that_cannot_wait_for_bytes_is_asked_once() -> None:
+    ours, theirs = tcp_pair()
+    theirs.close()
+    ours.close()
+    water = server.LowWater(ours)
+    water.set(server.LOW_WATER)
+    assert not water.usable
+    water.close()
+
+
+@pytest.mark.parametrize(
+    ("release", "works"),
+    [("6.12.118-caisson", True), ("6.8-rc1", True), ("7.0.0", True), ("6.1.0-40-cloud-amd64", False), ("odd", False)],
+)
+def test_only_kernels_that_grant_all_credit_wait_for_bytes(
+    release: str, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.uname", lambda: SimpleNamespace(release=release))
+    with socket.socket(socket.AF_VSOCK) as vsock, socket.socket(socket.AF_UNIX) as unix:
+        assert (server.low_water(vsock) is not None) == works
+        assert server.low_water(unix) is None
+
+
+def pieces_received(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the size of each piece of a long frame."""
+    received: list[int] = []
+    note = frames.FrameReader.received
+
+    def noted(reader: frames.FrameReader, count: int) -> None:
+        received.append(count)
+        note(reader, count)
+
+    monkeypatch.setattr(frames.FrameReader, "received", noted)
+    return received
 
 
 @pytest.mark.fuzz

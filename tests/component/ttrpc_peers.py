@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -113,10 +113,19 @@ def check(stream_id: int, service: str = "", timeout: float | None = None) -> by
     return frames.request(stream_id, "grpc.Health", "Check", payload, timeout)
 
 
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Return two connected sockets of TCP."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        return ours, listener.accept()[0]
+
+
 @contextlib.asynccontextmanager
-async def connected() -> AsyncIterator[Pair]:
+async def connected(
+    make_pair: Callable[[], tuple[socket.socket, socket.socket]] = socket.socketpair,
+) -> AsyncIterator[Pair]:
     """Start a server with one connection; at the end it is lost, and nothing is left of it."""
-    loop, health, (ours, theirs) = asyncio.get_running_loop(), Health(), socket.socketpair()
+    loop, health, (ours, theirs) = asyncio.get_running_loop(), Health(), make_pair()
     ours.setblocking(False)
     before, failures = asyncio.all_tasks(), []
     loop.set_exception_handler(lambda _, context: failures.append(context))

@@ -7,6 +7,8 @@ request beyond a limit gets an error response, and a peer that does not read its
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from contextlib import suppress
 
 from google.protobuf.message import DecodeError
@@ -27,8 +29,19 @@ if TYPE_CHECKING:
     from caisson.agent.rpc.dispatch import Dispatch
 
 #: Seconds for more of a long frame to gather before it is received: through vsock data come by the page, and a turn of
-#: the event loop for each takes more CPU time than all else that is done with them.
+#: the event loop for each takes more CPU time than all else that is done with them.  Where the kernel can wait for a
+#: number of bytes it does, and nothing has to sleep.
 GATHER = 0.001
+
+#: Bytes to wait for: three quarters of a vsock socket's buffer, so that the peer can send while the agent wakes up.
+LOW_WATER = 3 << 16
+
+#: The first kernel in which a reader that waits for bytes grants the peer all credit (before, both could wait for
+#: ever): "virtio/vsock: send credit update during setting SO_RCVLOWAT".
+LOW_WATER_KERNEL = (6, 8)
+
+#: Seconds after which the agent takes what came, in case a device sends nothing when little credit is left.
+MAX_WAIT = 0.1
 
 
 class TtrpcConnection(Connection):
@@ -41,7 +54,17 @@ class TtrpcConnection(Connection):
         self._dispatch = dispatch
         self._reader = frames.FrameReader()
         self._room: memoryview | None = None  # of a long frame, where input is put now
+        self._low_water: LowWater | None = None
         self._leaving = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._low_water = low_water(transport.get_extra_info("socket"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._low_water is not None:
+            self._low_water.close()
+        super().connection_lost(error)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         self._room = self._reader.room()
@@ -55,9 +78,16 @@ class TtrpcConnection(Connection):
         self._reader.received(count)
         if self._reader.room() is None:
             self._take_turn()
+        elif self._low_water is not None and self._low_water.usable:
+            self._schedule()
         elif self._transport is not None:
             self._transport.pause_reading()
             asyncio.get_running_loop().call_later(GATHER, self._schedule)
+
+    def _schedule(self) -> None:
+        if self._low_water is not None:
+            self._low_water.set(len(self._reader.room() or b"\0"))
+        super()._schedule()
 
     def feed(self, data: memoryview) -> None:
         self._reader.feed(data)
@@ -115,6 +145,54 @@ class TtrpcConnection(Connection):
         else:
             self.write(frames.failure(stream_id, code, result.text, result.detail))
         self.flush()
+
+
+class LowWater:
+    """A socket that becomes readable only when enough bytes of a long frame have come (SO_RCVLOWAT).
+
+    No more than the rest of the frame are waited for, so that no peer waits for the agent meanwhile.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        self.usable = True
+        self._socket = connected
+        self._bytes = 1
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, rest: int) -> None:
+        """Wait for ``rest`` bytes or, if these are many, for a large part of them."""
+        wanted = min(rest, LOW_WATER)
+        if wanted == self._bytes or not self.usable:
+            return
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
+        except OSError:
+            self.usable = False  # another transport than virtio's; 1 byte is what all begin with
+            return
+        self._bytes = wanted
+        if wanted > 1 and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(MAX_WAIT, self._take_what_came)
+
+    def close(self) -> None:
+        """Wait for nothing any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _take_what_came(self) -> None:
+        self._timer = None
+        self.set(1)
+
+
+def low_water(connected: socket.socket) -> LowWater | None:
+    """Return the low water mark of a socket; None where it does nothing, or not what it should."""
+    works = connected.family == socket.AF_VSOCK and kernel_version(os.uname().release) >= LOW_WATER_KERNEL
+    return LowWater(connected) if works else None
+
+
+def kernel_version(release: str) -> tuple[int, ...]:
+    """Return the first two numbers of a kernel's release, (0, 0) if there are none."""
+    numbers = release.partition("-")[0].split(".")[:2]
+    return tuple(map(int, numbers)) if all(number.isdecimal() for number in numbers) else (0, 0)
 
 
 class _Refused(Exception):
