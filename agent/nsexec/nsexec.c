@@ -133,10 +133,10 @@ static void read_environment(struct channels *fds)
 
 static void close_unknown_descriptors(const struct channels *fds)
 {
-	int known[9 + CGROUPS_MAX] = {fds->init, fds->sync,   fds->log,	  fds->console, fds->fifo,
-				      fds->gate, fds->cgroup, fds->pidfd, fds->procfs};
+	int known[10 + CGROUPS_MAX] = {fds->init, fds->sync,   fds->log,   fds->console, fds->fifo,
+				       fds->gate, fds->cgroup, fds->pidfd, fds->procfs,	 fds->reported};
 
-	memcpy(known + 9, fds->cgroup_procs, sizeof(fds->cgroup_procs));
+	memcpy(known + 10, fds->cgroup_procs, sizeof(fds->cgroup_procs));
 	close_all_but(fds->first_closed, known, ARRAY_SIZE(known));
 }
 
@@ -158,8 +158,7 @@ static void reset_signals(void)
 /* Whether an init needs a stage outside its new namespaces, beyond one that clones it. */
 static bool needs_stages(const struct bootstrap *boot)
 {
-	return (boot->create & (NS_USER | NS_TIME)) != 0 || joins_by_path(boot, NS_USER) ||
-	       joins_by_path(boot, NS_PID);
+	return (boot->create & (NS_USER | NS_TIME)) != 0 || joins_by_path(boot, NS_USER) || joins_by_path(boot, NS_PID);
 }
 
 static void read_messages(struct context *ctx, struct inbox *inbox)
@@ -250,16 +249,22 @@ static void become_stage2(struct channels *fds)
 	fds->init = -1;
 }
 
-/* Block until the parent stage has sent this process's pid to the runtime. */
-static void wait_for_parent(struct channels *fds, int gate)
+/* Block until the process that cloned this one has sent its pid to the runtime. */
+static void wait_until_reported(int *gate)
 {
 	char go;
 
+	if (read(*gate, &go, 1) != 1)
+		_exit(1); /* it died before */
+	close(*gate);
+	*gate = -1;
+}
+
+static void wait_for_parent(struct channels *fds, int gate)
+{
 	become_stage2(fds);
 	FAULT(stage2_entry);
-	if (read(gate, &go, 1) != 1)
-		_exit(1); /* the parent stage died before it sent the pid */
-	close(gate);
+	wait_until_reported(&gate);
 	FAULT(stage2_released);
 }
 
@@ -328,10 +333,10 @@ NORETURN static void child_main(struct context *ctx, int gate)
 /* Run stage 2 in a joined pid namespace. */
 NORETURN static void late_child_main(struct context *ctx, int gate)
 {
+	start_session();
 	wait_for_parent(&ctx->fds, gate);
 	if (scheduler_is_lost_by_clone(&ctx->plan))
 		wait_for_runtime(ctx->fds.sync); /* which sets the scheduler */
-	start_session();
 	if (ctx->plan.has_console)
 		set_controlling_terminal();
 	set_limits(&ctx->plan); /* only now: RLIMIT_NPROC would also count the stages outside */
@@ -529,11 +534,12 @@ NORETURN static void stage0_main(struct context *ctx)
 int main(void)
 {
 	static struct inbox inbox;
-	struct context ctx = {.handles = {.root = -1, .processes = -1, .sysctl = -1}, .source_server = -1};
+	struct context ctx = {
+		.fds = {.reported = -1}, .handles = {.root = -1, .processes = -1, .sysctl = -1}, .source_server = -1};
 
 	faults_from_environment();
 	if (getenv("_CAISSON_SERVER") != NULL)
-		serve(descriptor_from("_CAISSON_SERVER")); /* and continue in a requested process */
+		ctx.fds.reported = serve(descriptor_from("_CAISSON_SERVER")); /* and continue in a requested process */
 	if (getenv("_LIBCONTAINER_INITPIPE") == NULL) {
 		static const char usage[] = "nsexec is started by Caisson's runtime; it does nothing by itself\n";
 
@@ -546,6 +552,8 @@ int main(void)
 	reset_signals();
 	FAULT(entry);
 	read_messages(&ctx, &inbox);
+	if (ctx.fds.reported >= 0)
+		wait_until_reported(&ctx.fds.reported);
 	report_stage(0);
 	log_debug("=> nsexec container setup", "");
 	if (ctx.boot.oom_score_adj != NULL)

@@ -26,13 +26,14 @@
 
 /* --- descriptors passed by the runtime; -1 if absent --- */
 struct channels {
-	int init;    /* stream socket: messages down, pids up */
-	int sync;    /* seqpacket socket: progress and errors up; EOF after execve */
-	int log;     /* pipe: JSON lines up */
-	int console; /* stream socket: the pty master up */
-	int fifo;    /* O_PATH exec.fifo, on which an init waits to be started */
-	int gate;    /* listening socket used instead of the fifo in a joined pid namespace */
-	int cgroup;  /* cgroup v2 directory to start in */
+	int init;     /* stream socket: messages down, pids up */
+	int sync;     /* seqpacket socket: progress and errors up; EOF after execve */
+	int log;      /* pipe: JSON lines up */
+	int console;  /* stream socket: the pty master up */
+	int fifo;     /* O_PATH exec.fifo, on which an init waits to be started */
+	int gate;     /* listening socket used instead of the fifo in a joined pid namespace */
+	int reported; /* pipe: the fork server has reported this process's pid */
+	int cgroup;   /* cgroup v2 directory to start in */
 	int cgroup_procs
 		[CGROUPS_MAX]; /* cgroup.procs of cgroup v1, joined before anything is created; -1 after the last */
 	int pidfd;	       /* process whose namespaces to join */
@@ -268,7 +269,8 @@ int try_clone_sibling(uint32_t namespaces, int cgroup, int *pidfd); /* as clone(
 int send_stage(int init, int stage1, int stage2, int pidfd);	    /* 0, or -1 and errno */
 
 /* --- server.c --- */
-void serve(int control); /* return in each requested process; the server itself exits with the runtime */
+/* Return in each requested process a pipe to wait at until its pid is reported; the server exits with the runtime. */
+int serve(int control);
 
 /* --- namespaces.c --- */
 struct namespace_file {

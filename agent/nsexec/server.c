@@ -81,13 +81,15 @@ static void receive_request(void)
 	environ = strings;
 }
 
-/* Clone the requested process, and send its pid to the runtime before letting it run.  Return true in the new one. */
-static bool clone_requested(void)
+/*
+ * Clone the requested process, and send its pid to the runtime before letting it act.  Return the pipe at which it
+ * waits for that in the new one, otherwise -1.
+ */
+static int clone_requested(void)
 {
 	int cgroup = descriptor_from("_CAISSON_CGROUP"), init = descriptor_from("_LIBCONTAINER_INITPIPE");
 	int gate[2], pidfd = -1, pid = -1, error;
 	uint32_t namespaces = namespaces_from_environment();
-	char go;
 
 	if (pipe2(gate, O_CLOEXEC) == 0)
 		pid = try_clone_sibling(namespaces, cgroup, &pidfd);
@@ -95,26 +97,26 @@ static bool clone_requested(void)
 		error = errno;
 		report_to(descriptor_from("_LIBCONTAINER_SYNCPIPE"), descriptor_from("_LIBCONTAINER_LOGPIPE"), 0);
 		report_error(error, cgroup >= 0 ? "clone into cgroup" : "clone", "", "");
-		return false;
+		return -1;
 	}
 	if (pid != 0) {
 		FAULT(server_cloned);
 		if (send_stage(init, namespaces == 0 ? pid : 0, namespaces == 0 ? 0 : pid, pidfd) == 0)
 			(void)!write(gate[1], "", 1);
-		return false;
+		return -1;
 	}
 	close(gate[1]);
-	if (read(gate[0], &go, 1) != 1)
-		_exit(1); /* the server or the runtime has gone */
 	unsetenv("_CAISSON_CGROUP");
 	for (int fd = 0; fd < FIRST_PASSED - FIRST_RECEIVED; fd++)
 		if (dup2(FIRST_RECEIVED + fd, fd) < 0)
 			_exit(1);
-	return true;
+	return gate[0];
 }
 
-void serve(int control)
+int serve(int control)
 {
+	int gate;
+
 	prctl(PR_SET_NAME, "nsexec:server", 0, 0, 0);
 	signal(SIGPIPE, SIG_IGN);
 	if ((control != CONTROL && dup3(control, CONTROL, O_CLOEXEC) < 0) || sys_close_range(CONTROL + 1, ~0u) < 0)
@@ -123,5 +125,7 @@ void serve(int control)
 		if (sys_close_range(FIRST_RECEIVED, CONTROL - 1) < 0)
 			_exit(1);
 		receive_request();
-	} while (!clone_requested());
+		gate = clone_requested();
+	} while (gate < 0);
+	return gate;
 }

@@ -36,25 +36,32 @@ class InitProcess:
         self._children = children
         self._waits = waits
         self._on_pid = announced
-        self._pidfd0 = -1
+        self._pidfd0 = self._maker = -1
         self._server: ForkServer | None = None
         self.stages: list[Child] = []
         self.child: Child | None = None
         self.channel = SetupChannel(terminal=terminal, announced=self._announced, log=log)
 
-    def spawned(self, pid: int, *, until_end: bool) -> None:
-        """Record stage 0.  Nothing was awaited since the spawn: the pid is still its own, even if it is dead.
+    def spawned(self, pid: int) -> None:
+        """Record stage 0.  Nothing was awaited since the spawn: the pid is still its own, even if it is dead."""
+        self._pidfd0 = os.pidfd_open(pid)
+        self.stages.append(self._children.claim(pid))
+        self._maker = pid
+
+    def requested(self, server: ForkServer) -> None:
+        """Record that the process was requested from the fork server, which clones its first stage."""
+        self._server = server
+        self._maker = server.pid
+
+    def send(self, messages: Callable[[], bytes], *, until_end: bool) -> None:
+        """Encode and send messages, now that their receiver is being created; follow it also if that fails.
 
         ``until_end``: see SetupChannel.spawned.
         """
-        self._pidfd0 = os.pidfd_open(pid)
-        self.stages.append(self._children.claim(pid))
-        self.channel.spawned(pid, until_end=until_end)
-
-    def requested(self, server: ForkServer, *, until_end: bool) -> None:
-        """Follow a process requested from the fork server: it has no stage 0 of its own."""
-        self._server = server
-        self.channel.spawned(server.pid, until_end=until_end)
+        try:
+            self.channel.send(messages())
+        finally:
+            self.channel.spawned(self._maker, until_end=until_end)
 
     def _announced(self, stage1: int, stage2: int) -> None:
         if stage2 == 0:

@@ -92,10 +92,10 @@ class Starter:
                 if namespaces:
                     settings["_CAISSON_NAMESPACES"] = str(namespaces)
                 served = kind == "setns" or namespaces != 0
-                if not served or not self._request(started, launch, fds, settings, until_end=until_end):
+                if not served or not self._request(started, launch, fds, settings):
                     settings.pop("_CAISSON_NAMESPACES", None)
-                    started.spawned(self._spawn(launch, fds, settings), until_end=until_end)
-                channel.send(messages())
+                    started.spawned(self._spawn(launch, fds, settings))
+                started.send(messages, until_end=until_end)
                 timeout = await self._run_hooks(started, hooks, devices)
                 if listener is not None:
                     await self._pass_listener(started, listener, timeout)
@@ -110,13 +110,7 @@ class Starter:
         return started
 
     def _request(
-        self,
-        started: InitProcess,
-        launch: Launch,
-        fds: Mapping[str, int],
-        settings: Mapping[str, str],
-        *,
-        until_end: bool,
+        self, started: InitProcess, launch: Launch, fds: Mapping[str, int], settings: Mapping[str, str]
     ) -> bool:
         """Request the process from the fork server, if there is one; returns whether it creates it."""
         # It enters one cgroup, of version 2, and keeps only stdio.
@@ -131,7 +125,7 @@ class Starter:
                 container=launch.container_id,
             )
             return False
-        started.requested(self.server, until_end=until_end)
+        started.requested(self.server)
         return True
 
     def _spawn(self, launch: Launch, fds: Mapping[str, int], settings: Mapping[str, str]) -> int:
