@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from contextlib import asynccontextmanager
 
 from caisson.agent.base.errors import BrokenStream, EndOfStream
@@ -31,6 +32,10 @@ BULK_PIPE = 1 << 20
 
 #: The size of a large pipe, for a stream that fills that one: a call costs as much CPU time as moving half a MiB.
 LARGE_PIPE = 1 << 22
+
+#: Seconds after which a stream that moved no data is idle.  Beside one that is not, a read returns at most BULK_PIPE:
+#: an echo has to wait until a piece is read and sent.
+IDLE = 0.2
 
 #: Maximum large pipes at once: they can hold 32 MiB of the guest's memory.
 MAX_LARGE_PIPES = 8
@@ -74,6 +79,28 @@ class LargePipes:
 
 
 _LARGE_PIPES = LargePipes(MAX_LARGE_PIPES)
+
+
+class Activity:
+    """Knows whether more than one stream moves data."""
+
+    def __init__(self) -> None:
+        self._latest: _End | None = None
+        self._used = self._other_used = float("-inf")
+
+    def note(self, stream: _End) -> None:
+        """Record that a stream has moved data."""
+        if stream is not self._latest:
+            self._latest, self._other_used = stream, self._used
+        self._used = time.monotonic()
+
+    def is_only(self, stream: _End) -> bool:
+        """Return whether all other streams are idle."""
+        others = self._other_used if stream is self._latest else self._used
+        return time.monotonic() - others > IDLE
+
+
+_ACTIVITY = Activity()
 
 
 class _End:
@@ -159,8 +186,9 @@ class Output(_End):
                 exited = child.status is not None  # checked first: anything it wrote is in the buffer by now
                 if exited and self._left is None:
                     self._left = _capacity(self._fd)
+                most = size if size <= BULK_PIPE or _ACTIVITY.is_only(self) else BULK_PIPE
                 try:
-                    data = os.read(self._fd, size if self._left is None else min(size, self._left))
+                    data = os.read(self._fd, most if self._left is None else min(most, self._left))
                 except BlockingIOError:
                     if not exited:
                         await _event_or_exit(self._fd, child, writing=False)
@@ -174,6 +202,7 @@ class Output(_End):
                     looks_again = False
                     await asyncio.sleep(GATHER)
                     continue
+                _ACTIVITY.note(self)
                 if not data:  # also once everything that can have been buffered at the exit was read
                     self.release()
                     break
@@ -249,6 +278,7 @@ class Input(_End):
         async with self._use():
             if self._released and child.status is None:
                 return 0
+            _ACTIVITY.note(self)
             view = memoryview(data)
             if self._is_large and len(view) < PAGE:
                 self._reduce()

@@ -81,6 +81,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> LargePipes:
     monkeypatch.setattr(stdio, "BULK_PIPE", 4 * PIPE)
     monkeypatch.setattr(stdio, "LARGE_PIPE", 16 * PIPE)
     monkeypatch.setattr(stdio, "_LARGE_PIPES", large)
+    monkeypatch.setattr(stdio, "_ACTIVITY", stdio.Activity())  # without the streams of other tests
     return large
 
 
@@ -105,6 +106,31 @@ async def test_a_pipe_is_large_while_its_stream_flows(sizes: LargePipes) -> None
     assert [sizes.take() for _ in range(3)] == [True, True, False]
     streams.close()
     os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("idle", "most"), [(stdio.IDLE, 16 * PIPE), (stdio.IDLE * 0.9, 4 * PIPE)], ids=["others are idle", "one is not"]
+)
+@pytest.mark.usefixtures("sizes")
+async def test_beside_other_streams_a_read_is_no_larger_than_before(
+    idle: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An echo would have to wait until a large piece is read and sent."""
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    pipes, (theirs, ours) = Pipes(), os.pipe()
+    writer, stdin = os.dup(pipes.child_ends.stdout), Input(ours)
+    streams, child = pipes.started(), running_child()
+    await flow(streams, writer)
+    now += 2 * stdio.IDLE
+    fill(writer)
+    await stdin.write(b"x", child)
+    now += 1.01 * idle
+    assert len(await streams.stdout.read(LARGEST_READ, child)) == most
+    streams.close()
+    stdin.release()
+    for end in (writer, theirs):
+        os.close(end)
 
 
 async def test_only_so_many_pipes_are_large_at_once(sizes: LargePipes) -> None:
