@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.client import ReadinessProbe
-from caisson.agent.pods.machines import MachineError, NoPort, PodMachine
+from caisson.agent.pods.machines import SHARE_TAG, MachineError, NoPort, PodMachine
 from caisson.image.vm import VM, VMConfig, VMError, find_vm
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import NoEmptyPort
@@ -117,6 +117,7 @@ class Pods:
         block_roots = bool(settings.get("block_roots"))
         devices: dict[str, Any] = {key: str(settings.get(key, "auto")) for key in ("accel", "vsock")}
         devices["writable_disks"] = block_roots
+        devices["root_share"] = SHARE_TAG
         if share is not None:
             tag, directory = share
             devices["virtiofs"] = {tag: (str(directory), True)}

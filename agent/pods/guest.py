@@ -18,8 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.pods.machines import PodMachine
 
-#: The tag of a pod's share in Kata, and its mount point in the guest.
-SHARE_TAG = "kataShared"
+#: The mount point of a pod's share in a guest of Kata's.
 GUEST_SHARED = "/run/kata-containers/shared/containers"
 
 #: Seconds for a call that changes the guest.

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+#: The tag of a pod's share in Kata.
+SHARE_TAG = "kataShared"
+
 
 class PodMachine(Protocol):
     """A running VM.  All methods block; all raise MachineError."""
@@ -57,7 +60,8 @@ class Machines(Protocol):
     def start(self, name: str, *, memory: int, cpus: int, share: tuple[str, Path] | None = None) -> PodMachine:
         """Start a VM with at least this many MiB and CPUs, and wait for its agent.
 
-        ``share`` is the tag of a virtiofs device and the host directory behind it.
+        ``share`` is the tag of a virtiofs device and the host directory behind it.  The VM ends when the server of the
+        share SHARE_TAG does.
         """
 
     @property

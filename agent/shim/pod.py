@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.pods import network
-from caisson.agent.pods.guest import CALL_TIMEOUT, GUEST_SHARED, SHARE_TAG, GuestNetwork, personalize, until_plugged
-from caisson.agent.pods.machines import MachineError, machine_name
+from caisson.agent.pods.guest import CALL_TIMEOUT, GUEST_SHARED, GuestNetwork, personalize, until_plugged
+from caisson.agent.pods.machines import SHARE_TAG, MachineError, machine_name
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import Client, Stub
 from caisson.agent.shim import cgroup, dns, mounts

@@ -84,9 +84,10 @@ class ChildProcesses:
         names = {self._pidfds[descriptor] for descriptor in ready if descriptor in self._pidfds}
         if not names:
             return None
-        if "vsock" in names and self._processes["vsock"].wait() == 0 and self._ended("qemu", QEMU_EXIT_TIMEOUT):
-            names = {"qemu"}  # the device exits cleanly when QEMU has closed its end
-        name = min(names)  # qemu rather than vsock
+        clean = all(self._processes[name].wait() == 0 for name in names - {"qemu"})
+        if clean and self._ended("qemu", QEMU_EXIT_TIMEOUT):
+            names = {"qemu"}  # the others exit cleanly when QEMU has closed its end
+        name = min(names)  # qemu rather than the others
         status = self._processes[name].wait()
         title = TITLES.get(name, name)
         if name == "qemu" and status == 0:

@@ -59,6 +59,7 @@ class VMConfig:
     or ``user``; ``publish`` are ports of this machine that lead into it (network.py).
     ``on_resume`` is a command that is run, with the agent's socket as its last word, when the host was suspended: then
     the guest's clock is behind.  With ``writable_disks``, the guest may write to files of any size that are plugged in.
+    ``root_share`` is the tag of a share with containers' root file systems: the VM ends with its virtiofsd.
     """
 
     image: Path
@@ -79,6 +80,7 @@ class VMConfig:
     publish: tuple[Publish, ...] = ()
     on_resume: tuple[str, ...] = ()
     writable_disks: bool = False
+    root_share: str = ""
 
     def __post_init__(self) -> None:
         if self.memory < MIN_MEMORY:

@@ -13,9 +13,9 @@ and on control.sock, one request a connection, from whoever may enter the VM's d
                                                             with the descriptor of a mount namespace, it runs in that
     {"unshare": tag}                                        and the end of it: {}
 
-The end comes when QEMU or the back end ends, on SIGTERM, or when the starter goes away undetached (end of file on the
-socket).  A killed supervisor cannot clean up, so its children have the kernel's parent-death signal, and a janitor does
-the rest.
+The end comes when QEMU, the back end, or the virtiofsd of containers' root file systems ends, on SIGTERM, or when the
+starter goes away undetached (end of file on the socket).  A killed supervisor cannot clean up, so its children have the
+kernel's parent-death signal, and a janitor does the rest.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Supervisor:
             fds = ([device.fd] if device else []) + [file.fileno() for file in (self._ram, ram_file) if file]
             spawned = time.monotonic()
             children.spawn("qemu", command, fds, qemu_confinement(config, directory, image, manifest))
-            shares = Shares(directory, children)
+            shares = Shares(directory, children, config["root_share"])
             plug = qemu.vsock_plug(transport.name) if source else []
             for number, (tag, (path, writable)) in enumerate(config["virtiofs"].items()):
                 socket_path = shares.serve(tag, Path(path), writable)
@@ -246,11 +246,12 @@ class Supervisor:
 
     def _watch(self, children: ChildProcesses, control: socket.socket, shares: Shares) -> None:
         """Wait until something ends the VM; raises Ended."""
-        watched: list[Any] = [self._starter, self._stop, control, *children.pidfds]
+        watched: list[Any] = [self._starter, self._stop, control]
+        interval = min(SUSPEND_CHECK_INTERVAL, TRIM_INTERVAL)
         directory = self._directory
         logs = LogRing([directory.console, directory.firmware, directory.qemu_log])
         while True:
-            ready, _, _ = select.select(watched, [], [], min(SUSPEND_CHECK_INTERVAL, TRIM_INTERVAL))
+            ready, _, _ = select.select([*watched, *children.pidfds], [], [], interval)
             logs.trim()
             self._check_suspend(children)
             if self._stop in ready:

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from caisson import image as images
 from caisson.agent import client
@@ -28,8 +29,8 @@ from tests.support import guest_root
 from tests.support.checkout import copy_sources
 from tests.support.source import ROOT
 
-#: MiB: for an image of some 300 MB in memory, a guest with 512, and files for both.
-MEMORY = 3072
+#: MiB: for an image of some 300 MB in memory, docker, a guest with 512, and files for both.
+MEMORY = 4096
 
 #: Kernel parameters: a periodic tick.  QEMU's emulation (7.2) sometimes loses the interrupt of a one-shot timer while a
 #: guest runs inside; a machine without other interrupts then sleeps, with its guest, until one comes.
@@ -40,6 +41,14 @@ BOOT_TIMEOUT = 1200.0
 
 #: Where everything is installed in it.
 HOME = "/tmp/nested"
+
+#: Give the tests a cgroup hierarchy of their own, whose root has no processes, as docker needs.
+OWN_CGROUPS = """
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mkdir /sys/fs/cgroup/tests
+for pid in $(cat /sys/fs/cgroup/cgroup.procs); do echo $pid >/sys/fs/cgroup/tests/cgroup.procs || true; done
+echo +cpu +cpuset +io +memory +pids >/sys/fs/cgroup/cgroup.subtree_control
+"""
 
 #: Kernel modules, by processor flags.
 MODULES = {"svm": "kvm_amd", "vmx": "kvm_intel"}
@@ -65,24 +74,33 @@ class Outer:
     def _socket(self) -> Path:
         return self.caisson.run_directory / self.name / "agent.sock"
 
-    def pytest(self, tests: Sequence[str], settings: Mapping[str, str], timeout: float) -> Result:
-        """Run tests of this checkout in it; show their output as it arrives."""
+    def pytest(
+        self, tests: Sequence[str], settings: Mapping[str, str], timeout: float, *, evidence: bool = True
+    ) -> Result:
+        """Run tests of this checkout in it, with evidence from each test's guest; show their output as it arrives."""
+        plugin = ["-p", "tests.nested.evidence"] if evidence else []
         words = [
-            self.python, "-m", "pytest", "-v", "-p", "tests.nested.evidence", "-p", "no:cacheprovider", "--color=no",
+            self.python, "-m", "pytest", "-v", *plugin, "-p", "no:cacheprovider", "--color=no",
             "-o", f"timeout={timeout:.0f}", *tests,
         ]  # fmt: skip
         environment = {
+            "PATH": f"{HOME}/docker/usr/bin:{HOME}/docker/usr/sbin:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONPATH": f"{HOME}/site:/usr/lib/caisson", "CAISSON_COMMAND": f"{self.python} -m caisson.commands.main",
-            "CAISSON_CACHE": f"{HOME}/cache", "CAISSON_IMAGES": f"{HOME}/images",
+            "CAISSON_CACHE": f"{HOME}/cache", "CAISSON_IMAGES": f"{HOME}/images", "CAISSON_DOCKER": f"{HOME}/docker",
             "CAISSON_TEST_TIMEOUT": f"{timeout:.0f}", "PYTHONDONTWRITEBYTECODE": "1", **settings,
         }  # fmt: skip
 
+        return self._run(*words, cwd=f"{HOME}/checkout", env=[f"{key}={value}" for key, value in environment.items()])
+
+    def give_cgroups(self) -> None:
+        """Give the tests a cgroup hierarchy of their own."""
+        done = self._run("/usr/bin/bash", "-ec", OWN_CGROUPS)
+        assert done.status == 0, done.output
+
+    def _run(self, *words: str, **options: Any) -> Result:
         async def work() -> guest_root.Done:
             async with client.Agent.connect(self._socket) as agent:
-                return await guest_root.run(
-                    agent.container("nested"), *words, cwd=f"{HOME}/checkout",
-                    env=[f"{name}={value}" for name, value in environment.items()], show=_show,
-                )  # fmt: skip
+                return await guest_root.run(agent.container("nested"), *words, show=_show, **options)
 
         done = asyncio.run(work())
         return Result(done.status, (done.stdout + done.stderr).decode(errors="replace"))
@@ -94,12 +112,18 @@ def _show(data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def outer_machine(suite: str, more: Mapping[str, Sequence[str]] | None = None) -> Iterator[Outer]:
-    """Boot an outer machine with a suite of Debian, the default image and further ones, given by what builds them."""
+def outer_machine(
+    suite: str, more: Mapping[str, Sequence[str]] | None = None, docker: Path | None = None
+) -> Iterator[Outer]:
+    """Boot an outer machine with a suite of Debian, the default image and further ones, given by what builds them.
+
+    ``docker`` is a directory with docker's packages.
+    """
     image = images.Image.load(built("--suite", suite, "--template", "kvm-host"))
     default = images.build_image().directory
     inner = {f"cache/images/{default.name}": default}
     inner |= {f"images/{name}": built(*words) for name, words in (more or {}).items()}
+    inner |= {"docker": docker} if docker is not None else {}
     with fresh() as caisson:
         words = (
             "boot-vm",

@@ -28,7 +28,7 @@ RUNTIME = "io.containerd.caisson.v2"
 SNAPSHOT = "tests-shim"
 
 #: Seconds for one docker command, which may clone a VM on a busy machine.
-COMMAND_TIMEOUT = 120.0
+COMMAND_TIMEOUT = float(os.environ.get("CAISSON_TEST_TIMEOUT", "120"))
 
 CONFIGURATION = """
 version = 2
@@ -178,7 +178,7 @@ def environment_of(place: Path, wanted: Sequence[str], configuration: str) -> di
     shim.chmod(0o755)
     (place / "containerd.toml").write_text(configuration.format(place=place))
     directory = image.build_image().directory
-    (place / "shim.toml").write_text(f'snapshot = "{SNAPSHOT}"\nimage = "{directory}"\n')
+    (place / "shim.toml").write_text(f'snapshot = "{SNAPSHOT}"\nimage = "{directory}"\nvsock = "user"\n')
     save_snapshot(name=SNAPSHOT, image=str(directory), memory=512, cpus=1, append="", accel="auto", vsock="user")
     path = [str(programs), str(tree / "usr/bin"), str(tree / "usr/sbin"), os.environ["PATH"]]
     return os.environ | {
@@ -205,6 +205,12 @@ def _dockerd(place: Path) -> list[str]:
         "--containerd", f"{place}/containerd.sock", "--iptables=false", "--ip6tables=false", "--bridge=none",
         "--storage-driver", "overlay2",
     ]  # fmt: skip
+
+
+def children(pid: int, name: str) -> list[int]:
+    """Return the children of a process that have this name."""
+    pids = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [child for child in pids if Path(f"/proc/{child}/comm").read_text() == f"{name}\n"]
 
 
 def await_answer(words: list[str], environment: dict[str, str], place: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import urllib.request
 from collections.abc import Iterator
 
 import pytest
 
-from tests.shim.engine import RUNTIME, Engine
+from tests.shim.engine import RUNTIME, Engine, children
 from tests.support.poll import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(600)]
@@ -200,3 +203,15 @@ def test_a_killed_shim_leaves_nothing(docker: Engine) -> None:
     docker.docker("rm", "--force", "lost")
     assert docker.vms() == [] and docker.mounts() == []
     assert docker.docker("run", "--rm", "--runtime", RUNTIME, "--network", "none", "busybox", "true").returncode == 0
+
+
+def test_a_killed_virtiofsd_ends_the_container(docker: Engine) -> None:
+    docker.docker(
+        "run", "--detach", "--name", "rootless", "--runtime", RUNTIME, "--network", "none", "busybox", "sleep", "1000"
+    )
+    (vm,) = docker.vms()
+    (pid, *_) = children(json.loads((docker.run / vm / "vm.json").read_text())["pids"]["supervisor"], "virtiofsd")
+    os.kill(pid, signal.SIGKILL)
+    assert docker.docker("wait", "rootless").stdout == b"137\n"
+    docker.docker("rm", "--force", "rootless")
+    assert docker.vms() == [] and docker.mounts() == []

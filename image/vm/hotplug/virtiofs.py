@@ -80,11 +80,13 @@ def plug(tag: str, path: str, bus: str) -> list[tuple[str, dict[str, Any]]]:
 class Shares:
     """The directories of one VM served by virtiofsd: ``served`` has path and writability by tag."""
 
-    def __init__(self, directory: VMDirectory, children: ChildProcesses) -> None:
+    def __init__(self, directory: VMDirectory, children: ChildProcesses, root: str = "") -> None:
+        """``root`` is the tag of the share without which the VM is of no use."""
         self.served: dict[str, tuple[str, bool]] = {}
         self._directory = directory
         self._children = children
         self._sockets: dict[str, Path] = {}
+        self._root = root
 
     def answer(self, question: Mapping[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
         """Handle a request on control.sock, and return the response.  Raises VMError."""
@@ -111,7 +113,8 @@ class Shares:
             listener.bind(str(place))
             listener.listen(1)  # so that QEMU can connect at once
             confinement = dataclasses.replace(CONFINEMENT, mount_namespace=mount_namespace)
-            self._children.spawn(f"virtiofsd {tag}", words, [listener.fileno()], confinement, helper=True)
+            helper = tag != self._root
+            self._children.spawn(f"virtiofsd {tag}", words, [listener.fileno()], confinement, helper=helper)
         self._sockets[tag], self.served[tag] = place, (str(path), writable)
         return place
 
