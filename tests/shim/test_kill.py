@@ -8,6 +8,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +174,20 @@ def pids_of_pod(docker: Engine, record: dict[str, Any], victim: str) -> list[int
     return children(pids["supervisor"], "virtiofsd") if victim == "virtiofsd" else [pids[victim]]
 
 
+def once_connected(docker: Engine, *words: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a docker command; again while dockerd, which reconnects at growing intervals, has no containerd."""
+    while b"connection refused" in (done := docker.docker(*words)).stderr:
+        time.sleep(0.5)
+    return done
+
+
 async def kill_at(docker: Engine, name: str, victim: str, moment: float) -> None:
     words = ("run", "--detach", "--name", name, "--network", "none", "--runtime", RUNTIME, "busybox", "sleep", "1000")
     running = asyncio.create_task(asyncio.to_thread(docker.docker, *words))
     await asyncio.wait([running], timeout=moment)
     await asyncio.to_thread(kill_in_chain, docker, victim)
     await running
-    await asyncio.to_thread(docker.docker, "rm", "--force", name)
+    await asyncio.to_thread(once_connected, docker, "rm", "--force", name)
     if victim == "dockerd":  # which forgets a task that it had just started, as with runc
         await asyncio.to_thread(docker.delete_tasks)
 
@@ -195,8 +204,5 @@ async def test_nothing_of_a_vm_is_left_after_fifty_kills(docker: Engine, victim:
         await kill_at(docker, f"{victim}{number}", victim, moment)
         found = (seed, number, victim, moment)
         await asyncio.to_thread(wait_until, lambda: docker.vms() == [] and docker.mounts() == [], f"the end: {found}")
-        done = await asyncio.to_thread(docker.docker, *RUN, "echo", "runs")
-        while victim == "containerd" and b"connection refused" in done.stderr:  # dockerd reconnects after a while
-            await asyncio.sleep(1)
-            done = await asyncio.to_thread(docker.docker, *RUN, "echo", "runs")
+        done = await asyncio.to_thread(once_connected, docker, *RUN, "echo", "runs")
         assert done.stdout == b"runs\n", (found, done.stderr)
