@@ -174,11 +174,17 @@ def pids_of_pod(docker: Engine, record: dict[str, Any], victim: str) -> list[int
     return children(pids["supervisor"], "virtiofsd") if victim == "virtiofsd" else [pids[victim]]
 
 
+#: What docker says while it has no containerd, to which it reconnects at growing intervals; a kill is lost then.
+UNCONNECTED = (b"connection refused", b"did not receive an exit event")
+
+
 def once_connected(docker: Engine, *words: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a docker command; again while dockerd, which reconnects at growing intervals, has no containerd."""
-    while b"connection refused" in (done := docker.docker(*words)).stderr:
+    """Run a docker command; again while dockerd has no containerd."""
+    while True:
+        done = docker.docker(*words)
+        if not any(text in done.stderr for text in UNCONNECTED):
+            return done
         time.sleep(0.5)
-    return done
 
 
 async def kill_at(docker: Engine, name: str, victim: str, moment: float) -> None:
