@@ -42,9 +42,9 @@ from tests.bench.rows import Row, table
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 60
-EXEC_BUDGET, RUN_BUDGET, MEMORY_BUDGET = 0.5, 0.6, 1.0
+EXEC_BUDGET, RUN_BUDGET, MEMORY_BUDGET = 0.4, 0.5, 1.0
 #: For the command line, against runc.  `run` is dominated by the start of an interpreter and its imports.
-COMMAND_BUDGETS = {"run": 3.0, "exec": 1.0, "state": 1.0}
+COMMAND_BUDGETS = {"run": 2.5, "exec": 1.0, "state": 1.0}
 COMMAND = ROOT / "commands" / "caisson-oci"
 TRUE = ["/bin/true"]
 CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]

@@ -40,7 +40,7 @@ class ProcessLauncher:
     """Start processes in containers.
 
     `log(level, message, container=…)` gets nsexec's log lines, those of level debug only if `verbose`.  nsexec is
-    killed after `timeout` seconds; None waits forever.  `server` is the fork server for exec, if any.
+    killed after `timeout` seconds; None waits forever.  `server` is the fork server, if any.
     """
 
     def __init__(
