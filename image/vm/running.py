@@ -9,7 +9,6 @@ import select
 import signal
 from pathlib import Path
 
-from caisson.image.vm import exit_reason
 from caisson.image.vm.directory import VMDirectory, find_running, running_vms
 from caisson.image.vm.errors import VMError
 from caisson.proto.contract import VM_FORMAT
@@ -98,6 +97,8 @@ class RunningVM:
         with self.exit_fd() as supervisor:
             if supervisor is not None and not select.select([supervisor], [], [], timeout)[0]:
                 return None
+        from caisson.image.vm import exit_reason  # late: most never ask
+
         return exit_reason.read(self._directory).partition("\n")[0] or "its supervisor died"
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> bool:
@@ -146,6 +147,8 @@ def get_vm(name: str) -> RunningVM:
     """Return the running VM of this name.  Raises VMError listing the running ones."""
     vm = find_vm(name)
     if vm is None:
+        from caisson.image.vm import exit_reason
+
         names = ", ".join(other.name for other in list_vms()) or "none"
         why = exit_reason.describe(VMDirectory.of(name))
         raise VMError(
