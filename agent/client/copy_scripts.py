@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-#: The beginning of every script.  Arguments have octal escapes: on the wire they are text, but names are bytes.
+#: The beginning of every script.  Arguments have octal escapes: on the wire they are text, but names are bytes.  A
+#: command substitution is a fork, milliseconds in an emulated guest: most names need none.
 PROLOGUE = r"""
-plain() { printf '%b_' "$1"; }
+plain() { case $1 in *\\*) plain=$(printf '%b_' "$1") plain=${plain%_} ;; *) plain=$1 ;; esac; }
 fail() { echo "$1" >&2; exit 1; }
-at=$(plain "$1") at=${at%_} name=$(plain "$2") name=${name%_}
+plain "$1"; at=$plain; plain "$2"; name=$plain
 """
 
 #: $1 target, $2 name, $3 file, directory or contents, $4 whether a directory was requested, $5 a unique name.
@@ -56,13 +57,13 @@ mkdir -m 700 "$made" && tar -x -f - -C "$made" && place "$made/x" "$final"
 GET = (
     PROLOGUE
     + r"""
-shown=$(plain "$3") shown=${shown%_}
-cd "$at" 2>/dev/null && { [ -e "./$name" ] || [ -h "./$name" ]; } || fail "$shown: No such file or directory"
+plain "$3"; shown=$plain
+cd -P "$at" 2>/dev/null && { [ -e "./$name" ] || [ -h "./$name" ]; } || fail "$shown: No such file or directory"
 if [ ! -h "./$name" ]; then
     [ -S "./$name" ] && fail "$shown: a socket cannot be copied"
     { [ -b "./$name" ] || [ -c "./$name" ]; } && fail "$shown: a device cannot be copied"
 fi
-case $(pwd -P)/$name in
+case $PWD/$name in
 /proc/*|/sys/*)
     for made in /tmp /dev/shm /run /var/tmp; do [ -w "$made" ] && break; done
     made=$made/.caisson-$4

@@ -262,6 +262,7 @@ def test_interrupted_it_leaves_no_process_and_no_partial_file(
     (inside / "big").write_text("before")
 
     def interrupt() -> None:
+        wait_until(lambda: container.ran and container.ran[0].running, "it has started")
         wait_until(lambda: list(inside.glob(".caisson-*")), "it is copying")
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
