@@ -8,7 +8,6 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from caisson.agent.client.caller import CHUNK
 from caisson.agent.client.errors import CopyError
 
 TYPE_CHECKING = False
@@ -17,6 +16,9 @@ if TYPE_CHECKING:
 
 #: The name of what is packed in its archive.
 NAME = "x"
+
+#: Bytes of a piece: each costs the guest a call, and half of a message's limit is as good as all of it.
+PIECE = 2 << 20
 
 #: Maximum size of a file that claims to be empty: those in /proc and /sys are read to their end.
 MAX_UNSIZED = 64 << 20
@@ -30,11 +32,11 @@ FILE_TYPES = {
 
 
 class Pieces:
-    """Collect what is written into pieces of CHUNK bytes; ``send`` gets each, and may use it until it returns."""
+    """Collect what is written into pieces of PIECE bytes; ``send`` gets each, and may use it until it returns."""
 
     def __init__(self, send: Callable[[memoryview], object]) -> None:
         self._send = send
-        self._buffer = memoryview(bytearray(CHUNK))
+        self._buffer = memoryview(bytearray(PIECE))
         self._used = 0
         self.total = 0
 
