@@ -11,8 +11,8 @@ from caisson.agent.client.registry import active_forwards
 from caisson.commands.running import running_vm
 from caisson.commands.streams import console_writer, info, print_table
 from caisson.image.vm.errors import VMError
-from caisson.image.vm.hotplug.resources import memory_now, set_memory
-from caisson.image.vm.running import find_vm, get_vm, list_vms, vms_of_other_versions
+from caisson.image.vm.hotplug.resources import memory_of_all, set_memory
+from caisson.image.vm.running import find_vm, get_vm, list_vms, vms_by_version
 
 
 def stop_vm(*, name: str, everything: bool) -> None:
@@ -23,18 +23,21 @@ def stop_vm(*, name: str, everything: bool) -> None:
     if not found and not everything:
         names = ", ".join(vm.name for vm in list_vms()) or "none"
         raise VMError(f"VM {name!r}: is not running; running: {names}")
-    for vm in [found] if found else list_vms():
+    vms, others = vms_by_version() if everything else ([found] if found else [], {})
+    for vm in vms:
         with contextlib.suppress(AgentError):
             call_sync(vm, lambda agent: agent.destroy_sandbox(timeout=5.0))
         vm.stop()
         info(f"{vm.name}: stopped")
-    for other in vms_of_other_versions() if everything else ():
+    for other in others:
         find_vm(other)  # its error says how to stop it
 
 
 def list_running(*, as_json: bool) -> None:
     """List the running VMs."""
-    infos = [vm.info | {"memory_now": memory_now(vm), "ports": active_forwards(vm)} for vm in list_vms()]
+    vms, others = vms_by_version()
+    memory = memory_of_all(vms)
+    infos = [vm.info | {"memory_now": memory[vm.name], "ports": active_forwards(vm)} for vm in vms]
     shown = (
         document
         | {"uptime": f"{time.time() - document['started']:.0f} s"}
@@ -42,9 +45,9 @@ def list_running(*, as_json: bool) -> None:
         | {"ports": ", ".join(document["ports"]) or None}
         for document in infos
     )
-    others = [{"name": name, "state": f"of Caisson {version}"} for name, version in vms_of_other_versions().items()]
+    foreign = [{"name": name, "state": f"of Caisson {version}"} for name, version in others.items()]
     columns = ("name", "state", "accel", "vsock", "cpus", "memory", "uptime", "ports")
-    print_table(columns, [*infos, *others], [*shown, *others], as_json=as_json)
+    print_table(columns, [*infos, *foreign], [*shown, *foreign], as_json=as_json)
 
 
 def logs(*, container: str, only_agent: bool, follow: bool, since: str, tail: int | None, name: str) -> None:

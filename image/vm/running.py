@@ -160,11 +160,16 @@ def get_vm(name: str) -> RunningVM:
 
 def list_vms() -> list[RunningVM]:
     """Return this user's running VMs, by name; those of incompatible versions are left out."""
-    vms = ((directory, directory.read()) for directory in running_vms())
-    return [RunningVM(directory, info) for directory, info in vms if info and info.get("format") == VM_FORMAT]
+    return vms_by_version()[0]
 
 
-def vms_of_other_versions() -> dict[str, str]:
-    """Return this user's running VMs of incompatible versions: each one's version by name."""
-    infos = ((directory.name, directory.read()) for directory in running_vms())
-    return {name: str(info.get("version", "0.1")) for name, info in infos if info and info.get("format") != VM_FORMAT}
+def vms_by_version() -> tuple[list[RunningVM], dict[str, str]]:
+    """Return this user's running VMs, by name, and the versions of incompatible ones, by name."""
+    vms, others = [], {}
+    for directory in running_vms():
+        info = directory.read()
+        if info and info.get("format") == VM_FORMAT:
+            vms.append(RunningVM(directory, info))
+        elif info:
+            others[directory.name] = str(info.get("version", "0.1"))
+    return vms, others

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from caisson.agent.client.connection import call_sync
 from caisson.agent.client.errors import AgentGone
 from caisson.agent.rpc.ttrpc.blocking import take
+from caisson.image.vm.hotplug import resources
 from tests.component.test_client_execute import ok, pretended, status
 
 #: Modules that take as long to execute as the rest of such a command.
@@ -23,6 +25,7 @@ EVENT_LOOP, PROTOBUF, STARTER = "asyncio.base_events", "google.protobuf", "caiss
 #: One call, as entry.py runs commands: what it defers stays deferred.
 CALL = """
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from caisson.agent.base.lazyimport import LazyImporter
@@ -65,6 +68,22 @@ def test_a_call_needs_no_event_loop(tmp_path: Path) -> None:
         done = subprocess.run([words[0], "-c", CALL, *words[3:]], stdout=subprocess.PIPE, check=True, timeout=60)
     assert done.stdout == b"7\n"
     assert EVENT_LOOP not in (tmp_path / "modules").read_text().split()
+
+
+def test_all_vms_are_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose QEMU does not answer delays the list by its timeout, and ten do not by ten."""
+    everybody = threading.Barrier(4, timeout=30)
+
+    def memory_now(vm: Any) -> int:
+        everybody.wait()
+        if vm.name == "3":
+            raise OSError("gone")
+        return int(vm.name)
+
+    monkeypatch.setattr(resources, "memory_now", memory_now)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    vms: list[Any] = [SimpleNamespace(name=str(number)) for number in range(4)]
+    assert resources.memory_of_all(vms) == {"0": 0, "1": 1, "2": 2, "3": None}
 
 
 def machine(tmp_path: Path) -> Any:

@@ -21,7 +21,7 @@ from caisson.image.vm import machine as machines
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.pace import slowness
-from caisson.image.vm.running import vms_of_other_versions
+from caisson.image.vm.running import vms_by_version
 from caisson.image.vm.runroot import owned_run_root
 from caisson.proto.contract import VERSION, VM_FORMAT
 from tests.component.fake_qemu import Images, image_maker, lives, start
@@ -310,6 +310,6 @@ def test_a_vm_of_another_version_is_refused_by_name_and_listed(
         assert str(caught.value) == (
             f"VM 'v': was started by Caisson 7.0, this is {VERSION}; use that one, or stop its supervisor: kill {pid}"
         )
-        assert list_vms() == [] and vms_of_other_versions() == {"v": "7.0"}
+        assert list_vms() == [] and vms_by_version()[1] == {"v": "7.0"}
         list_running(as_json=False)
         assert capsys.readouterr().out.splitlines()[1].split() == ["v", "of", "Caisson", "7.0", *"------"]

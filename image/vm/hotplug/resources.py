@@ -8,6 +8,9 @@ virtio 1.2, section 5.5.
 from __future__ import annotations
 
 import time
+from _queue import SimpleQueue
+from _thread import start_new_thread
+from collections.abc import Sequence
 
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.pace import scaled
@@ -75,6 +78,25 @@ def memory_now(vm: RunningVM) -> int | None:
             return _actual(monitor)
     except QMPError:
         return None
+
+
+def memory_of_all(vms: Sequence[RunningVM]) -> dict[str, int | None]:
+    """Return the current MiB of several guests, by name, all asked at once: a QEMU may take its time, or never answer.
+
+    None as for one.
+    """
+    answers: SimpleQueue[tuple[str, int | None]] = SimpleQueue()
+
+    def ask(vm: RunningVM) -> None:
+        memory = None
+        try:
+            memory = memory_now(vm)
+        finally:
+            answers.put((vm.name, memory))
+
+    for vm in vms:
+        start_new_thread(ask, (vm,))
+    return dict(answers.get() for _ in vms)
 
 
 def set_memory(vm: RunningVM, mebibytes: int) -> int:
