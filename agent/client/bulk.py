@@ -7,7 +7,7 @@ import signal
 from _queue import Empty, SimpleQueue
 
 from caisson.agent.base.heap import raise_mmap_threshold
-from caisson.agent.client.caller import CHUNK
+from caisson.agent.client.caller import OUTPUT_CHUNK
 from caisson.agent.client.errors import AgentError
 from caisson.agent.client.execute import LENGTH, ContainerProcess, exit_status, ignore, output, response
 from caisson.agent.rpc.ttrpc.blocking import take
@@ -70,7 +70,7 @@ class BulkProcess(ContainerProcess):
         """Return the next piece of output; empty at its end.  Raises AgentError."""
         while len(self._reads) < 1 + self._flows * READS_AHEAD:
             answer: Answers = SimpleQueue()
-            self.post("ReadStdout", answer.put, (LENGTH, CHUNK))
+            self.post("ReadStdout", answer.put, (LENGTH, OUTPUT_CHUNK))
             self._reads.append(answer)
         data = output(take(self._reads.pop(0)), "ReadStdout")
         self._flows = len(data) >= FLOWING

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+from caisson.agent.client.caller import INPUT_CHUNK
 from caisson.agent.client.errors import CopyError
 
 TYPE_CHECKING = False
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 
 #: The name of what is packed in its archive.
 NAME = "x"
-
-#: Bytes of a piece: each costs the guest a call, and half of a message's limit is as good as all of it.
-PIECE = 2 << 20
 
 #: Maximum size of a file that claims to be empty: those in /proc and /sys are read to their end.
 MAX_UNSIZED = 64 << 20
@@ -32,11 +30,11 @@ FILE_TYPES = {
 
 
 class Pieces:
-    """Collect what is written into pieces of PIECE bytes; ``send`` gets each, and may use it until it returns."""
+    """Collect what is written into pieces of INPUT_CHUNK bytes; ``send`` gets each, and may use it until it returns."""
 
     def __init__(self, send: Callable[[memoryview], object]) -> None:
         self._send = send
-        self._buffer = memoryview(bytearray(PIECE))
+        self._buffer = memoryview(bytearray(INPUT_CHUNK))
         self._used = 0
         self.total = 0
 

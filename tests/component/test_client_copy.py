@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.agent.client.caller import CHUNK
-from caisson.agent.client.pack import PIECE
+from caisson.agent.client.caller import CHUNK, INPUT_CHUNK
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata3 import agent_pb2
 from tests.component.test_client_execute import HEAVY, ok, output, pretended, status
@@ -58,7 +57,7 @@ def contents(payloads: list[bytes]) -> bytes:
 
 
 def test_a_file_goes_in_and_little_is_imported(tmp_path: Path) -> None:
-    data = os.urandom(3 * PIECE + 5)
+    data = os.urandom(3 * INPUT_CHUNK + 5)
     (tmp_path / "file").write_bytes(data)
     with pretended(tmp_path, **QUIET) as (agent, words):
         subprocess.run(cp(words, str(tmp_path / "file"), "box:/there"), check=True, timeout=60)
@@ -106,7 +105,7 @@ def test_a_file_comes_out_and_is_read_ahead(tmp_path: Path) -> None:
 
 
 def test_input_is_sent_ahead_of_the_answers(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(os.urandom(4 * PIECE))
+    (tmp_path / "file").write_bytes(os.urandom(4 * INPUT_CHUNK))
     begun = threading.Semaphore(0)
 
     def write(_: bytes) -> bytes:
@@ -125,7 +124,7 @@ def test_input_is_sent_ahead_of_the_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["in", "out"])
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_interrupted_it_stops_the_process(tmp_path: Path, way: str, stubborn: bool) -> None:
-    (tmp_path / "file").write_bytes(bytes(64 * PIECE))
+    (tmp_path / "file").write_bytes(bytes(64 * INPUT_CHUNK))
     stopped = threading.Event()
 
     def end(_: bytes) -> bytes:
