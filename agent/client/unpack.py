@@ -11,7 +11,7 @@ import contextlib
 import os
 import stat
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from caisson.agent.client.caller import write_all
 from caisson.agent.client.errors import CopyError
@@ -30,6 +30,10 @@ MODE = 0o777
 #: Maximum size of an extension header (a long name, pax records), and how many may follow each other.
 MAX_HEADER = 1 << 20
 MAX_HEADERS = 8
+
+#: Maximum number of devices, which are left out and named: each name may be as long as a header.
+MAX_LEFT_OUT = 10_000
+MAX_NAME = 4096
 
 #: Seconds since 1970: the range that file systems support.
 MAX_TIME = (1 << 34) - 1
@@ -53,14 +57,22 @@ class _Member(tarfile.TarInfo):
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in EXTRA and not 0 <= self.size <= MAX_HEADER:
             raise CopyError(f"archive: the container sent a header of {self.size} bytes; {MAX_HEADER} are accepted")
+        if self.type == tarfile.XGLTYPE:  # tarfile would keep all of them
+            raise CopyError("archive: the container sent a global header, which was not requested")
         if self.type == tarfile.GNUTYPE_SPARSE:
-            raise CopyError(f"{self.name!r}: the container sent it as a sparse file, which was not requested")
+            self._refuse_sparse(self)
         assert isinstance(archive, ReceivedArchive)
         archive.headers += 1
         if archive.headers > MAX_HEADERS:
             raise CopyError("archive: the container sent more headers than files")
         member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         return member
+
+    def _refuse_sparse(self, member: tarfile.TarInfo, *_: object) -> None:
+        """Refuse a sparse file before its map is read, which may be endless."""
+        raise CopyError(f"{member.name!r}: the container sent it as a sparse file, which was not requested")
+
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
 
 class _Stream:
@@ -137,7 +149,7 @@ def unpack(archive: ReceivedArchive, directory: Path, old: str, new: str) -> lis
     names and invalid numbers, OSError, and tarfile.TarError.
     """
     left_out: list[str] = []
-    times: list[tuple[tuple[str, ...], tarfile.TarInfo]] = []  # of new directories, set last as they may be read-only
+    times: list[tuple[str, float, int]] = []  # and modes of new directories, set last as they may be read-only
     root = os.open(directory, DIRECTORY & ~os.O_NOFOLLOW)
     try:
         for member in archive:
@@ -148,16 +160,18 @@ def unpack(archive: ReceivedArchive, directory: Path, old: str, new: str) -> lis
             with _directory(root, parts[:-1]) as place:
                 if member.isdir():
                     if _make_directory(place, parts[-1], member):
-                        times.append((parts, member))
+                        times.append(("/".join(parts), member.mtime, member.mode))
                 elif member.isfile() or member.issym() or member.islnk() or member.isfifo():
                     _replace(archive, member, place, parts[-1], root, old, new)
+                elif len(left_out) == MAX_LEFT_OUT:
+                    raise CopyError(f"archive: the container sent more than {MAX_LEFT_OUT} devices")
                 else:
-                    left_out.append(member.name)
-        for parts, member in reversed(times):
-            with _directory(root, parts) as place:
-                os.utime(place, (member.mtime, member.mtime))
-                if member.mode & 0o700 != 0o700:
-                    os.fchmod(place, os.fstat(place).st_mode & member.mode & MODE)
+                    left_out.append(member.name[:MAX_NAME])
+        for path, mtime, mode in reversed(times):
+            with _directory(root, path.split("/")) as place:
+                os.utime(place, (mtime, mtime))
+                if mode & 0o700 != 0o700:
+                    os.fchmod(place, os.fstat(place).st_mode & mode & MODE)
     finally:
         os.close(root)
     return left_out
@@ -180,8 +194,6 @@ def _check_numbers(member: tarfile.TarInfo) -> None:
         raise CopyError(f"{member.name!r}: the container sent it with the time {member.mtime} and size {member.size}")
     if "\0" in member.linkname:
         raise CopyError(f"{member.name!r}: the container sent it as a link to {member.linkname!r}")
-    if member.sparse is not None:
-        raise CopyError(f"{member.name!r}: the container sent it as a sparse file, which was not requested")
 
 
 def _make_directory(place: int, name: str, member: tarfile.TarInfo) -> bool:
@@ -245,7 +257,7 @@ def _parts(name: str, old: str, new: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _directory(root: int, parts: tuple[str, ...]) -> Iterator[int]:
+def _directory(root: int, parts: Iterable[str]) -> Iterator[int]:
     """Open a directory below another; links are not followed.  Raises OSError."""
     at = os.dup(root)
     try:

@@ -7,6 +7,7 @@ import os
 import stat
 import tarfile
 import threading
+import tracemalloc
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from caisson.agent.client import AgentGone
 from caisson.agent.client.copy import Location, get, put
 from caisson.agent.client.diagnostics import MAX_LINE, AgentLines
 from caisson.agent.client.errors import CopyError, UsageError
-from caisson.agent.client.unpack import MAX_HEADER, ReceivedArchive, unpack
+from caisson.agent.client.unpack import MAX_HEADER, MAX_LEFT_OUT, ReceivedArchive, unpack
 
 
 def archive(*members: tuple[str, dict[str, Any]]) -> ReceivedArchive:
@@ -318,6 +319,13 @@ def sparse_header() -> bytes:
     return bytes(block)
 
 
+def records(**pax: str) -> bytes:
+    """Return a pax header and what it describes, a regular file of 4 GiB."""
+    member = tarfile.TarInfo("a")
+    member.size, member.pax_headers = 1 << 32, {f"GNU.sparse.{name}": value for name, value in pax.items()}
+    return member.tobuf(tarfile.PAX_FORMAT)
+
+
 RUN = b"00000000001\0" * 2
 
 
@@ -330,8 +338,10 @@ RUN = b"00000000001\0" * 2
         (b"", header_of(tarfile.GNUTYPE_LONGNAME, 1) + b"x".ljust(512, b"\0"), "more headers than files"),
         (header_of(tarfile.REGTYPE, -512), bytes(512), "size -512|invalid offset"),
         (sparse_header(), (RUN * 21).ljust(504, b"\0") + b"\1".ljust(8, b"\0"), "as a sparse file"),
+        (records(major="1", minor="0") + b"99999999\n", b"1\n" * 256, "as a sparse file"),
+        (b"", header_of(tarfile.XGLTYPE, 6) + b"6 a=b\n".ljust(512, b"\0") + header_of(tarfile.DIRTYPE), "global"),
     ],
-    ids=["large", "negative", "pax", "long names", "negative file", "a map without an end"],
+    ids=["large", "negative", "pax", "long names", "negative file", "a map without an end", "in pax", "global"],
 )
 def test_a_header_without_end_is_refused_unread(tmp_path: Path, begin: bytes, block: bytes, why: str) -> None:
     with pytest.raises(CopyError, match=why):
@@ -342,6 +352,28 @@ def test_members_are_not_hoarded(tmp_path: Path) -> None:
     made = archive(("a", FOLDER), *((f"a/{number}", dict(FOLDER)) for number in range(100)))
     unpack(made, tmp_path, "a", "a")
     assert len(vars(made)["members"]) <= 1
+
+
+def test_headers_are_not_hoarded(tmp_path: Path) -> None:
+    """The times of directories are set at the end, and devices are named then."""
+    large = {"comment": "x" * 500_000}
+    kinds = (tarfile.DIRTYPE, tarfile.CHRTYPE)
+    members = [(f"{number}/", {"type": kinds[number % 2], "pax_headers": large}) for number in range(40)]
+    made = archive(*((name, dict(fields)) for name, fields in members))
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        assert len(unpack(made, tmp_path, ".", ".")) == 20
+        assert tracemalloc.get_traced_memory()[1] - before < 8_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_list_of_devices_is_bounded(tmp_path: Path) -> None:
+    device = header_of(tarfile.CHRTYPE)
+    with pytest.raises(CopyError, match=f"more than {MAX_LEFT_OUT} devices"):
+        unpack(opened(device * (MAX_LEFT_OUT + 1)), tmp_path, "x", "x")
+    assert unpack(opened(device * MAX_LEFT_OUT), tmp_path, "x", "x") == ["x"] * MAX_LEFT_OUT
 
 
 def test_a_file_that_is_cut_short_does_not_appear(tmp_path: Path) -> None:
