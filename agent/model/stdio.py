@@ -33,7 +33,7 @@ BULK_PIPE = 1 << 20
 #: The size of a large pipe, for a stream that fills that one: a call costs as much CPU time as moving half a MiB.
 LARGE_PIPE = 1 << 22
 
-#: Seconds after which a stream that moved no data is idle.  Beside one that is not, a read returns at most BULK_PIPE:
+#: Seconds after which a process that moved no data is idle.  Beside one that is not, a read returns at most BULK_PIPE:
 #: an echo has to wait until a piece is read and sent.
 IDLE = 0.2
 
@@ -82,21 +82,21 @@ _LARGE_PIPES = LargePipes(MAX_LARGE_PIPES)
 
 
 class Activity:
-    """Knows whether more than one stream moves data."""
+    """Knows whether the streams of more than one process move data."""
 
     def __init__(self) -> None:
-        self._latest: _End | None = None
+        self._latest: Child | None = None
         self._used = self._other_used = float("-inf")
 
-    def note(self, stream: _End) -> None:
-        """Record that a stream has moved data."""
-        if stream is not self._latest:
-            self._latest, self._other_used = stream, self._used
+    def note(self, child: Child) -> None:
+        """Record that a process's stream has moved data."""
+        if child is not self._latest:
+            self._latest, self._other_used = child, self._used
         self._used = time.monotonic()
 
-    def is_only(self, stream: _End) -> bool:
-        """Return whether all other streams are idle."""
-        others = self._other_used if stream is self._latest else self._used
+    def is_only(self, child: Child) -> bool:
+        """Return whether all other processes are idle."""
+        others = self._other_used if child is self._latest else self._used
         return time.monotonic() - others > IDLE
 
 
@@ -186,7 +186,7 @@ class Output(_End):
                 exited = child.status is not None  # checked first: anything it wrote is in the buffer by now
                 if exited and self._left is None:
                     self._left = _capacity(self._fd)
-                most = size if size <= BULK_PIPE or _ACTIVITY.is_only(self) else BULK_PIPE
+                most = size if size <= BULK_PIPE or _ACTIVITY.is_only(child) else BULK_PIPE
                 try:
                     data = os.read(self._fd, most if self._left is None else min(most, self._left))
                 except BlockingIOError:
@@ -202,7 +202,7 @@ class Output(_End):
                     looks_again = False
                     await asyncio.sleep(GATHER)
                     continue
-                _ACTIVITY.note(self)
+                _ACTIVITY.note(child)
                 if not data:  # also once everything that can have been buffered at the exit was read
                     self.release()
                     break
@@ -278,7 +278,7 @@ class Input(_End):
         async with self._use():
             if self._released and child.status is None:
                 return 0
-            _ACTIVITY.note(self)
+            _ACTIVITY.note(child)
             view = memoryview(data)
             if self._is_large and len(view) < PAGE:
                 self._reduce()

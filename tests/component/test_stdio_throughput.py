@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from caisson.agent.model import stdio
+from caisson.agent.model.reaper import Child
 from caisson.agent.model.stdio import BULK_PIPE, LARGEST_READ, PAGE, Input, LargePipes, Output, Pipes, Streams
 from tests.component.stream_support import bytes_in, no_descriptor_is_left, pending, read_all, running_child
 
@@ -85,23 +86,23 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> LargePipes:
     return large
 
 
-async def flow(streams: Streams, writer: int, pieces: int = 4) -> int:
+async def flow(streams: Streams, writer: int, child: Child, pieces: int = 4) -> int:
     """Let standard output flow; return the size of its pipe."""
     for _ in range(pieces):
         fill(writer)
-        await streams.stdout.read(LARGEST_READ, running_child())
+        await streams.stdout.read(LARGEST_READ, child)
     return fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)
 
 
 async def test_a_pipe_is_large_while_its_stream_flows(sizes: LargePipes) -> None:
     pipes = Pipes()
     writer = os.dup(pipes.child_ends.stdout)
-    streams = pipes.started()
-    assert await flow(streams, writer, 1) == 4 * PIPE  # it may have been all of it
-    assert await flow(streams, writer) == 16 * PIPE
+    streams, child = pipes.started(), running_child()
+    assert await flow(streams, writer, child, 1) == 4 * PIPE  # it may have been all of it
+    assert await flow(streams, writer, child) == 16 * PIPE
     assert fcntl.fcntl(streams.stderr._fd, fcntl.F_GETPIPE_SZ) == PIPE
     os.write(writer, b"little")
-    assert await streams.stdout.read(LARGEST_READ, running_child()) == b"little"
+    assert await streams.stdout.read(LARGEST_READ, child) == b"little"
     assert fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ) == 4 * PIPE
     assert [sizes.take() for _ in range(3)] == [True, True, False]
     streams.close()
@@ -109,11 +110,13 @@ async def test_a_pipe_is_large_while_its_stream_flows(sizes: LargePipes) -> None
 
 
 @pytest.mark.parametrize(
-    ("idle", "most"), [(stdio.IDLE, 16 * PIPE), (stdio.IDLE * 0.9, 4 * PIPE)], ids=["others are idle", "one is not"]
+    ("other", "idle", "most"),
+    [(True, stdio.IDLE, 16 * PIPE), (True, stdio.IDLE * 0.9, 4 * PIPE), (False, 0, 16 * PIPE)],
+    ids=["others are idle", "one is not", "its own input"],
 )
 @pytest.mark.usefixtures("sizes")
-async def test_beside_other_streams_a_read_is_no_larger_than_before(
-    idle: float, most: int, monkeypatch: pytest.MonkeyPatch
+async def test_beside_other_processes_a_read_is_no_larger_than_before(
+    other: bool, idle: float, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An echo would have to wait until a large piece is read and sent."""
     now = 1000.0
@@ -121,10 +124,10 @@ async def test_beside_other_streams_a_read_is_no_larger_than_before(
     pipes, (theirs, ours) = Pipes(), os.pipe()
     writer, stdin = os.dup(pipes.child_ends.stdout), Input(ours)
     streams, child = pipes.started(), running_child()
-    await flow(streams, writer)
+    await flow(streams, writer, child)
     now += 2 * stdio.IDLE
     fill(writer)
-    await stdin.write(b"x", child)
+    await stdin.write(b"x", running_child() if other else child)
     now += 1.01 * idle
     assert len(await streams.stdout.read(LARGEST_READ, child)) == most
     streams.close()
@@ -137,10 +140,10 @@ async def test_only_so_many_pipes_are_large_at_once(sizes: LargePipes) -> None:
     all_pipes = [Pipes() for _ in range(4)]
     writers = [os.dup(pipes.child_ends.stdout) for pipes in all_pipes]
     streams = [pipes.started() for pipes in all_pipes]
-    found = [await flow(one, writer) for one, writer in zip(streams, writers, strict=True)]
+    found = [await flow(one, writer, running_child()) for one, writer in zip(streams, writers, strict=True)]
     assert found == [16 * PIPE, 16 * PIPE, 4 * PIPE, 4 * PIPE]
     streams[0].close()
-    assert await flow(streams[3], writers[3]) == 16 * PIPE
+    assert await flow(streams[3], writers[3], running_child()) == 16 * PIPE
     for one, writer in zip(streams, writers, strict=True):
         one.close()
         os.close(writer)
@@ -153,7 +156,7 @@ async def test_a_container_of_little_memory_has_no_large_pipes(memory: int | Non
     pipes = Pipes(memory=memory)
     writer = os.dup(pipes.child_ends.stdout)
     streams = pipes.started()
-    assert await flow(streams, writer) == size * PIPE
+    assert await flow(streams, writer, running_child()) == size * PIPE
     streams.close()
     os.close(writer)
 
@@ -165,7 +168,7 @@ async def test_a_kernel_that_grants_no_large_pipe_leaves_it_to_others(
     pipes = Pipes()
     writer = os.dup(pipes.child_ends.stdout)
     streams = pipes.started()
-    assert await flow(streams, writer) == 4 * PIPE
+    assert await flow(streams, writer, running_child()) == 4 * PIPE
     assert [sizes.take() for _ in range(3)] == [True, True, False]
     streams.close()
     os.close(writer)
