@@ -187,15 +187,17 @@ def once_connected(docker: Engine, *words: str) -> subprocess.CompletedProcess[b
         time.sleep(0.5)
 
 
-async def kill_at(docker: Engine, name: str, victim: str, moment: float) -> None:
+async def kill_at(docker: Engine, name: str, victim: str, moment: float) -> bytes:
+    """Start a container, kill something, and remove the container; return what docker says about both."""
     words = ("run", "--detach", "--name", name, "--network", "none", "--runtime", RUNTIME, "busybox", "sleep", "1000")
     running = asyncio.create_task(asyncio.to_thread(docker.docker, *words))
     await asyncio.wait([running], timeout=moment)
     await asyncio.to_thread(kill_in_chain, docker, victim)
-    await running
-    await asyncio.to_thread(once_connected, docker, "rm", "--force", name)
+    started = await running
+    removed = await asyncio.to_thread(once_connected, docker, "rm", "--force", name)
     if victim == "dockerd":  # which forgets a task that it had just started, as with runc
         await asyncio.to_thread(docker.delete_tasks)
+    return started.stderr + removed.stderr
 
 
 @pytest.mark.vm
@@ -207,8 +209,8 @@ async def test_nothing_of_a_vm_is_left_after_fifty_kills(docker: Engine, victim:
     chance = random.Random(seed)
     for number in range(50):
         moment = chance.uniform(0, DOCKER_RUN)
-        await kill_at(docker, f"{victim}{number}", victim, moment)
-        found = (seed, number, victim, moment)
+        said = await kill_at(docker, f"{victim}{number}", victim, moment)
+        found = (seed, number, victim, moment, said)
         await asyncio.to_thread(wait_until, lambda: docker.vms() == [] and docker.mounts() == [], f"the end: {found}")
         done = await asyncio.to_thread(once_connected, docker, *RUN, "echo", "runs")
         assert done.stdout == b"runs\n", (found, done.stderr)
