@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.spec import Hook, Spec
     from caisson.agent.libcontainer.process.launch import Launched, Stdio
     from caisson.agent.libcontainer.process.launcher import ProcessLauncher
+    from caisson.agent.model.bulk import Bulk
 
     T = TypeVar("T")
 
@@ -68,6 +69,7 @@ class Container:
         cgroup: Cgroup | None,
         directory: Path,
         pipe_size: int,
+        bulk: Bulk,
         log: Log,
         oom: Callable[[], object],
     ) -> None:
@@ -79,7 +81,7 @@ class Container:
         self._cgroup = cgroup
         self._directory = directory
         self._gate = str(directory / "exec.fifo")
-        self._pipe_size = pipe_size
+        self._pipe_size, self._bulk = pipe_size, bulk
         self._log = log
         self._resources = spec.linux.resources or Resources()
         self._lock = asyncio.Lock()
@@ -148,8 +150,8 @@ class Container:
         self._hooks_may_have_run = True
         self._shares_pids = "pid" in join
         try:
-            terminal = self.spec.process.terminal
-            init, self._pidfd = await start_process(launch, exec_id, terminal, self._make_pipes, self._join_fds())
+            make_pipes = None if self.spec.process.terminal else self._make_pipes
+            init, self._pidfd = await start_process(launch, exec_id, make_pipes, self._bulk, self._join_fds())
         except LaunchError as error:
             if self._cgroup is not None and self._cgroup.oom_kills():
                 raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
@@ -226,14 +228,14 @@ class Container:
             )
 
         async def start() -> tuple[Process, int]:
-            terminal = process.terminal
+            make_pipes = None if process.terminal else self._make_pipes
             try:
-                return await start_process(launch, exec_id, terminal, self._make_pipes, self._join_fds())
+                return await start_process(launch, exec_id, make_pipes, self._bulk, self._join_fds())
             except LaunchError as error:
                 if error.errno != EBUSY or self._cgroup is None:
                     raise
                 join = await self.reads(partial(self._cgroup.join_fds_of, init.pid))
-            return await start_process(launch, exec_id, terminal, self._make_pipes, join)
+            return await start_process(launch, exec_id, make_pipes, self._bulk, join)
 
         with self._processes.starting(exec_id):
             try:
@@ -247,7 +249,7 @@ class Container:
             return started
 
     def _make_pipes(self) -> Pipes:
-        return Pipes(self._pipe_size, self._resources.memory.limit)
+        return Pipes(self._pipe_size, self._resources.memory.limit, self._bulk)
 
     def _join_fds(self) -> JoinFds | None:
         return None if self._cgroup is None else self._cgroup.join_fds()

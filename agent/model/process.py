@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from caisson.agent.libcontainer.cgroups.base import JoinFds
     from caisson.agent.libcontainer.process.launch import Launched, Stdio
+    from caisson.agent.model.bulk import Bulk
 
 #: Maximum bytes of a status file to read.
 MAX_STATUS = 1 << 20
@@ -116,15 +117,15 @@ def _status(pid: int) -> dict[bytes, list[bytes]]:
 async def start_process(
     launch: Callable[[Stdio | None, dict[str, int]], Awaitable[Launched]],
     exec_id: str,
-    terminal: bool,
-    make_pipes: Callable[[], Pipes],
+    make_pipes: Callable[[], Pipes] | None,
+    bulk: Bulk,
     join: JoinFds | None,
 ) -> tuple[Process, int]:
     """Start a process with pipes or a terminal around it, in a cgroup, and return it with its pidfd.
 
     On failure nothing of them is left.
     """
-    pipes = None if terminal else make_pipes()
+    pipes = None if make_pipes is None else make_pipes()
     stdio = None if pipes is None else pipes.child_ends
     try:
         if join is None:
@@ -140,4 +141,4 @@ async def start_process(
     if pipes is not None:
         return Process(exec_id, launched.child, pipes.started()), launched.pidfd
     assert launched.console is not None
-    return Process(exec_id, launched.child, Streams.of_terminal(launched.console)), launched.pidfd
+    return Process(exec_id, launched.child, Streams.of_terminal(launched.console, bulk)), launched.pidfd

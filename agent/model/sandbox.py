@@ -24,6 +24,7 @@ from caisson.agent.guest.dns import Resolver
 from caisson.agent.guest.storage import Storages
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import CREATED, STOPPED, check_id
+from caisson.agent.model.bulk import Bulk
 from caisson.agent.model.container import Container
 from caisson.agent.model.guest_spec import adapt_to_guest, guest_hooks, may_make_networks
 from caisson.agent.model.namespaces import SHARED, SharedNamespaces
@@ -69,7 +70,7 @@ class Sandbox:
         self._state = state
         self._log = log
         self._open_files = open_files
-        self._pipe_size = pipe_size
+        self._pipe_size, self._bulk = pipe_size, Bulk()
         self._lock = asyncio.Lock()
         self._forgetting = asyncio.Lock()
         self._id: str | None = None
@@ -287,6 +288,7 @@ class Sandbox:
             cgroup=cgroup,
             directory=self._state / self._id / container_id,
             pipe_size=self._pipe_size,
+            bulk=self._bulk,
             log=self._log.bind(container_id=container_id),
             oom=lambda: self._out_of_memory(container_id),
         )

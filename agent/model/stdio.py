@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from contextlib import asynccontextmanager
 
 from caisson.agent.base.errors import BrokenStream, EndOfStream
 from caisson.agent.libcontainer.process.launch import Stdio
+from caisson.agent.model.bulk import Bulk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,18 +27,12 @@ if TYPE_CHECKING:
 #: Maximum bytes of one read: with their framing they fit into a message (4 MiB, by gRPC's and ttrpc's limit).
 LARGEST_READ = 63 << 16
 
-#: The size that the pipe of any bulk stream may grow to: what the kernel grants every program, too.
+#: The size that the pipe of any bulk stream may grow to: what the kernel grants every program, too.  Beside a process
+#: that moves data, a read returns no more: an echo has to wait until a piece is read and sent.
 BULK_PIPE = 1 << 20
 
 #: The size of a large pipe, for a stream that fills that one: a call costs as much CPU time as moving half a MiB.
 LARGE_PIPE = 1 << 22
-
-#: Seconds after which a process that moved no data is idle.  Beside one that is not, a read returns at most BULK_PIPE:
-#: an echo has to wait until a piece is read and sent.
-IDLE = 0.2
-
-#: Maximum large pipes at once: they can hold 32 MiB of the guest's memory.
-MAX_LARGE_PIPES = 8
 
 #: The least memory limit of a container whose processes get large pipes, which are charged to it when full.
 LARGE_PIPE_MEMORY = 128 << 20
@@ -60,49 +54,6 @@ TERMINAL_CAPACITY = 1 << 17
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
 
 
-class LargePipes:
-    """Counts the pipes that are large now."""
-
-    def __init__(self, most: int) -> None:
-        self._left = most
-
-    def take(self) -> bool:
-        """Count another one, if it may be."""
-        if not self._left:
-            return False
-        self._left -= 1
-        return True
-
-    def give(self) -> None:
-        """Count one less."""
-        self._left += 1
-
-
-_LARGE_PIPES = LargePipes(MAX_LARGE_PIPES)
-
-
-class Activity:
-    """Knows whether the streams of more than one process move data."""
-
-    def __init__(self) -> None:
-        self._latest: Child | None = None
-        self._used = self._other_used = float("-inf")
-
-    def note(self, child: Child) -> None:
-        """Record that a process's stream has moved data."""
-        if child is not self._latest:
-            self._latest, self._other_used = child, self._used
-        self._used = time.monotonic()
-
-    def is_only(self, child: Child) -> bool:
-        """Return whether all other processes are idle."""
-        others = self._other_used if child is self._latest else self._used
-        return time.monotonic() - others > IDLE
-
-
-_ACTIVITY = Activity()
-
-
 class _End:
     """The agent's end of a stream: a descriptor used by one caller at a time, and closed only here.
 
@@ -110,11 +61,13 @@ class _End:
     stream flows.
     """
 
-    def __init__(self, fd: int, *, may_be_large: bool = True) -> None:
+    def __init__(self, fd: int, bulk: Bulk | None = None, *, may_be_large: bool = True) -> None:
+        """``bulk`` is shared with other streams."""
         os.set_blocking(fd, False)
         self._fd = fd
         self._lock = asyncio.Lock()
         self._released = False
+        self._bulk = bulk or Bulk()
         self._may_be_large = may_be_large
         self._is_large = False
 
@@ -141,7 +94,7 @@ class _End:
 
     def _enlarge(self) -> bool:
         """Make the pipe a large one; False if it may not be."""
-        if not self._is_large and self._may_be_large and _LARGE_PIPES.take():
+        if not self._is_large and self._may_be_large and self._bulk.take_pipe():
             self._is_large = True
             if not resize_pipe(self._fd, LARGE_PIPE):
                 self._may_be_large = False
@@ -156,14 +109,22 @@ class _End:
     def _give_large(self) -> None:
         if self._is_large:
             self._is_large = False
-            _LARGE_PIPES.give()
+            self._bulk.give_pipe()
 
 
 class Output(_End):
     """The reading end of one output stream."""
 
-    def __init__(self, fd: int, *, grows: bool = False, is_terminal: bool = False, may_be_large: bool = True) -> None:
-        super().__init__(fd, may_be_large=may_be_large)
+    def __init__(
+        self,
+        fd: int,
+        bulk: Bulk | None = None,
+        *,
+        grows: bool = False,
+        is_terminal: bool = False,
+        may_be_large: bool = True,
+    ) -> None:
+        super().__init__(fd, bulk, may_be_large=may_be_large)
         self._grows = grows
         self._is_terminal = is_terminal
         self._gathered = bytearray()
@@ -186,7 +147,7 @@ class Output(_End):
                 exited = child.status is not None  # checked first: anything it wrote is in the buffer by now
                 if exited and self._left is None:
                     self._left = _capacity(self._fd)
-                most = size if size <= BULK_PIPE or _ACTIVITY.is_only(child) else BULK_PIPE
+                most = size if size <= BULK_PIPE or self._bulk.is_only(child) else BULK_PIPE
                 try:
                     data = os.read(self._fd, most if self._left is None else min(most, self._left))
                 except BlockingIOError:
@@ -202,7 +163,7 @@ class Output(_End):
                     looks_again = False
                     await asyncio.sleep(GATHER)
                     continue
-                _ACTIVITY.note(child)
+                self._bulk.note(child)
                 if not data:  # also once everything that can have been buffered at the exit was read
                     self.release()
                     break
@@ -269,8 +230,8 @@ class Input(_End):
     otherwise wake the agent for each.
     """
 
-    def __init__(self, fd: int, *, may_be_large: bool = True) -> None:
-        super().__init__(fd, may_be_large=may_be_large)
+    def __init__(self, fd: int, bulk: Bulk | None = None, *, may_be_large: bool = True) -> None:
+        super().__init__(fd, bulk, may_be_large=may_be_large)
         self._grown = False
 
     async def write(self, data: bytes | memoryview, child: Child) -> int:
@@ -278,7 +239,7 @@ class Input(_End):
         async with self._use():
             if self._released and child.status is None:
                 return 0
-            _ACTIVITY.note(child)
+            self._bulk.note(child)
             view = memoryview(data)
             if self._is_large and len(view) < PAGE:
                 self._reduce()
@@ -322,10 +283,10 @@ class Streams:
         self._terminal = terminal
 
     @classmethod
-    def of_terminal(cls, master: int) -> Streams:
+    def of_terminal(cls, master: int, bulk: Bulk | None = None) -> Streams:
         """Take over a terminal's master."""
-        output = Output(master, is_terminal=True)
-        return cls(Input(os.dup(master)), output, output, os.dup(master))
+        output = Output(master, bulk, is_terminal=True)
+        return cls(Input(os.dup(master), bulk), output, output, os.dup(master))
 
     @property
     def is_terminal(self) -> bool:
@@ -375,10 +336,11 @@ class Pipes:
     """The three pipes of a process about to start: ``child_ends`` for the child, the rest for Streams.
 
     ``size`` is that of the pipes of output, in bytes; 0 starts with the kernel's default, and bulk streams get more.
-    ``memory`` is the container's limit, if it has one: large pipes would take too much of a small one.
+    ``memory`` is the container's limit, if it has one: large pipes would take too much of a small one.  ``bulk`` is
+    shared with other streams.
     """
 
-    def __init__(self, size: int = 0, memory: int | None = None) -> None:
+    def __init__(self, size: int = 0, memory: int | None = None, bulk: Bulk | None = None) -> None:
         pairs: list[tuple[int, int]] = []
         try:
             for _ in range(3):
@@ -390,6 +352,7 @@ class Pipes:
             raise
         (stdin, self._stdin), (self._stdout, stdout), (self._stderr, stderr) = pairs
         self.child_ends = Stdio(stdin, stdout, stderr)
+        self._bulk = bulk or Bulk()
         self._grow = size == 0
         self._may_be_large = memory is None or memory <= 0 or memory >= LARGE_PIPE_MEMORY
         if size > 0:
@@ -399,9 +362,9 @@ class Pipes:
     def started(self) -> Streams:
         """Keep only our ends: the child has its own."""
         self._close_child_ends()
-        large = self._may_be_large
-        stdout, stderr = (Output(fd, grows=self._grow, may_be_large=large) for fd in (self._stdout, self._stderr))
-        return Streams(Input(self._stdin, may_be_large=large), stdout, stderr, None)
+        bulk, large = self._bulk, self._may_be_large
+        stdout, stderr = (Output(fd, bulk, grows=self._grow, may_be_large=large) for fd in (self._stdout, self._stderr))
+        return Streams(Input(self._stdin, bulk, may_be_large=large), stdout, stderr, None)
 
     def failed(self) -> None:
         """Close everything: there is no child."""

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from caisson.agent.model import stdio
+from caisson.agent.model.bulk import IDLE, Bulk
 from caisson.agent.model.reaper import Child
-from caisson.agent.model.stdio import BULK_PIPE, LARGEST_READ, PAGE, Input, LargePipes, Output, Pipes, Streams
+from caisson.agent.model.stdio import BULK_PIPE, LARGEST_READ, PAGE, Input, Output, Pipes, Streams
 from tests.component.stream_support import bytes_in, no_descriptor_is_left, pending, read_all, running_child
 
 PIPE = 65536
@@ -76,14 +77,11 @@ async def test_a_pipe_that_is_never_half_full_stays_as_it_is() -> None:
 
 
 @pytest.fixture
-def sizes(monkeypatch: pytest.MonkeyPatch) -> LargePipes:
+def bulk(monkeypatch: pytest.MonkeyPatch) -> Bulk:
     """Make pipes small enough to be large without privilege, and allow two large ones."""
-    large = LargePipes(2)
     monkeypatch.setattr(stdio, "BULK_PIPE", 4 * PIPE)
     monkeypatch.setattr(stdio, "LARGE_PIPE", 16 * PIPE)
-    monkeypatch.setattr(stdio, "_LARGE_PIPES", large)
-    monkeypatch.setattr(stdio, "_ACTIVITY", stdio.Activity())  # without the streams of other tests
-    return large
+    return Bulk(2)
 
 
 async def flow(streams: Streams, writer: int, child: Child, pieces: int = 4) -> int:
@@ -94,8 +92,8 @@ async def flow(streams: Streams, writer: int, child: Child, pieces: int = 4) -> 
     return fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)
 
 
-async def test_a_pipe_is_large_while_its_stream_flows(sizes: LargePipes) -> None:
-    pipes = Pipes()
+async def test_a_pipe_is_large_while_its_stream_flows(bulk: Bulk) -> None:
+    pipes = Pipes(bulk=bulk)
     writer = os.dup(pipes.child_ends.stdout)
     streams, child = pipes.started(), running_child()
     assert await flow(streams, writer, child, 1) == 4 * PIPE  # it may have been all of it
@@ -104,28 +102,27 @@ async def test_a_pipe_is_large_while_its_stream_flows(sizes: LargePipes) -> None
     os.write(writer, b"little")
     assert await streams.stdout.read(LARGEST_READ, child) == b"little"
     assert fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ) == 4 * PIPE
-    assert [sizes.take() for _ in range(3)] == [True, True, False]
+    assert [bulk.take_pipe() for _ in range(3)] == [True, True, False]
     streams.close()
     os.close(writer)
 
 
 @pytest.mark.parametrize(
     ("other", "idle", "most"),
-    [(True, stdio.IDLE, 16 * PIPE), (True, stdio.IDLE * 0.9, 4 * PIPE), (False, 0, 16 * PIPE)],
+    [(True, IDLE, 16 * PIPE), (True, IDLE * 0.9, 4 * PIPE), (False, 0, 16 * PIPE)],
     ids=["others are idle", "one is not", "its own input"],
 )
-@pytest.mark.usefixtures("sizes")
 async def test_beside_other_processes_a_read_is_no_larger_than_before(
-    other: bool, idle: float, most: int, monkeypatch: pytest.MonkeyPatch
+    other: bool, idle: float, most: int, bulk: Bulk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An echo would have to wait until a large piece is read and sent."""
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    pipes, (theirs, ours) = Pipes(), os.pipe()
-    writer, stdin = os.dup(pipes.child_ends.stdout), Input(ours)
+    pipes, (theirs, ours) = Pipes(bulk=bulk), os.pipe()
+    writer, stdin = os.dup(pipes.child_ends.stdout), Input(ours, bulk)
     streams, child = pipes.started(), running_child()
     await flow(streams, writer, child)
-    now += 2 * stdio.IDLE
+    now += 2 * IDLE
     fill(writer)
     await stdin.write(b"x", running_child() if other else child)
     now += 1.01 * idle
@@ -136,8 +133,8 @@ async def test_beside_other_processes_a_read_is_no_larger_than_before(
         os.close(end)
 
 
-async def test_only_so_many_pipes_are_large_at_once(sizes: LargePipes) -> None:
-    all_pipes = [Pipes() for _ in range(4)]
+async def test_only_so_many_pipes_are_large_at_once(bulk: Bulk) -> None:
+    all_pipes = [Pipes(bulk=bulk) for _ in range(4)]
     writers = [os.dup(pipes.child_ends.stdout) for pipes in all_pipes]
     streams = [pipes.started() for pipes in all_pipes]
     found = [await flow(one, writer, running_child()) for one, writer in zip(streams, writers, strict=True)]
@@ -147,13 +144,12 @@ async def test_only_so_many_pipes_are_large_at_once(sizes: LargePipes) -> None:
     for one, writer in zip(streams, writers, strict=True):
         one.close()
         os.close(writer)
-    assert [sizes.take() for _ in range(3)] == [True, True, False]
+    assert [bulk.take_pipe() for _ in range(3)] == [True, True, False]
 
 
 @pytest.mark.parametrize(("memory", "size"), [(None, 16), (0, 16), (-1, 16), (128 << 20, 16), (64 << 20, 4)])
-@pytest.mark.usefixtures("sizes")
-async def test_a_container_of_little_memory_has_no_large_pipes(memory: int | None, size: int) -> None:
-    pipes = Pipes(memory=memory)
+async def test_a_container_of_little_memory_has_no_large_pipes(memory: int | None, size: int, bulk: Bulk) -> None:
+    pipes = Pipes(memory=memory, bulk=bulk)
     writer = os.dup(pipes.child_ends.stdout)
     streams = pipes.started()
     assert await flow(streams, writer, running_child()) == size * PIPE
@@ -162,27 +158,27 @@ async def test_a_container_of_little_memory_has_no_large_pipes(memory: int | Non
 
 
 async def test_a_kernel_that_grants_no_large_pipe_leaves_it_to_others(
-    sizes: LargePipes, monkeypatch: pytest.MonkeyPatch
+    bulk: Bulk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stdio, "LARGE_PIPE", 1 << 30)
-    pipes = Pipes()
+    pipes = Pipes(bulk=bulk)
     writer = os.dup(pipes.child_ends.stdout)
     streams = pipes.started()
     assert await flow(streams, writer, running_child()) == 4 * PIPE
-    assert [sizes.take() for _ in range(3)] == [True, True, False]
+    assert [bulk.take_pipe() for _ in range(3)] == [True, True, False]
     streams.close()
     os.close(writer)
 
 
-async def test_long_input_gets_a_large_pipe_while_it_flows(sizes: LargePipes) -> None:
+async def test_long_input_gets_a_large_pipe_while_it_flows(bulk: Bulk) -> None:
     theirs, ours = os.pipe()
-    stdin, child = Input(ours), running_child()
+    stdin, child = Input(ours, bulk), running_child()
     assert await stdin.write(bytes(12 * PIPE), child) == 12 * PIPE  # nobody needs to read
     assert fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ) == 16 * PIPE
     os.read(theirs, 12 * PIPE)
     assert await stdin.write(b"little", child) == 6
     assert fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ) == 4 * PIPE
-    assert [sizes.take() for _ in range(3)] == [True, True, False]
+    assert [bulk.take_pipe() for _ in range(3)] == [True, True, False]
     await stdin.close()
     os.close(theirs)
 

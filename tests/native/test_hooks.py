@@ -17,6 +17,7 @@ from caisson.agent.base.signals import Signals
 from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import OCI_VERSION
+from caisson.agent.model.bulk import Bulk
 from caisson.agent.model.container import Container
 from caisson.agent.model.reaper import Reaper as AgentsReaper
 from caisson.agent.rpc.codes import StatusCode
@@ -62,6 +63,7 @@ def life(box: Box, value: dict[str, Any]) -> Container:
         cgroup=None,
         directory=directory,
         pipe_size=0,
+        bulk=Bulk(),
         log=Log("debug"),
         oom=lambda: None,
     )

@@ -23,6 +23,7 @@ from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process.channel import SetupChannel
 from caisson.agent.libcontainer.process.launch import Launched, Stdio
+from caisson.agent.model.bulk import Bulk
 from caisson.agent.model.container import Container
 from caisson.agent.model.reaper import Reaper
 from tests.native.nsexec_support import Box, children, config
@@ -161,6 +162,7 @@ async def test_without_cgroups_what_the_agent_started_ends_with_the_container(bo
         cgroup=None,
         directory=box.path / "box",
         pipe_size=0,
+        bulk=Bulk(),
         log=Log("fatal"),
         oom=lambda: None,
     )
