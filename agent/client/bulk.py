@@ -86,7 +86,7 @@ class BulkProcess(ContainerProcess):
             return
         self.signal_once(signal.SIGTERM)
         with contextlib.suppress(AgentError):
-            self.call("CloseStdin", timeout=STOP_TIMEOUT)  # the shell sees the signal once its program has exited
+            self.post("CloseStdin", ignore)  # the shell sees the signal once its program has exited
             exit: Answers = SimpleQueue()
             self.post("WaitProcess", exit.put)
             try:

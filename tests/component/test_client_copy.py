@@ -127,10 +127,10 @@ def test_interrupted_it_stops_the_process(tmp_path: Path, way: str, stubborn: bo
     (tmp_path / "file").write_bytes(bytes(64 * INPUT_CHUNK))
     stopped = threading.Event()
 
-    def end(_: bytes) -> bytes:
+    def end(_: bytes) -> bytes | None:
         if not stubborn:
             stopped.set()
-        return b""
+        return None if stubborn else b""
 
     def wait(_: bytes) -> bytes:
         assert stopped.wait(30)
