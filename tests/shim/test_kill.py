@@ -195,7 +195,7 @@ async def kill_at(docker: Engine, name: str, victim: str, moment: float) -> byte
     await asyncio.to_thread(kill_in_chain, docker, victim)
     started = await running
     removed = await asyncio.to_thread(once_connected, docker, "rm", "--force", name)
-    if victim == "dockerd":  # which forgets a task that it had just started, as with runc
+    if victim in ("dockerd", "containerd"):  # docker forgets a task whose start it has not seen, as with runc
         await asyncio.to_thread(docker.delete_tasks)
     return started.stderr + removed.stderr
 
