@@ -217,7 +217,8 @@ def get(process: BulkProcess, path: str, target: str, progress: Progress | None 
         try:
             left_out = _unpack(receive, directory, old, new)
         except OSError as error:
-            raise CopyError(f"{target}: {error.filename or ''}: {error.strerror or error}") from error
+            where = f"{target}: {error.filename}" if error.filename else target
+            raise CopyError(f"{where}: {error.strerror or error}") from error
         except tarfile.TarError as error:
             invalid = error
             with contextlib.suppress(AgentError):  # it has exited: this is why the archive is incomplete

@@ -10,14 +10,16 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc import frames
+from caisson.agent.rpc.ttrpc.blocking import BlockingClient
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata3 import agent_pb2
 from caisson.proto.ttrpc import ttrpc_pb2
@@ -238,3 +240,32 @@ def test_nobody_listens(tmp_path: Path) -> None:
     words = [sys.executable, "-c", COMMAND, str(tmp_path / "none"), str(tmp_path / "modules")]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60)
     assert b"AgentGone: agent: does not answer (no such file or directory)" in done.stderr
+
+
+class InterruptedSocket:
+    """A client's socket: a signal arrives once a request was sent, and answered."""
+
+    def __init__(self, connected: socket.socket, server: socket.socket, is_answered: threading.Event) -> None:
+        self._socket = connected
+        self._server = server
+        self._is_answered = is_answered
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def sendmsg(self, pieces: Sequence[bytes]) -> int:
+        self._socket.sendmsg(pieces)
+        self._server.sendall(frames.response(1, [])[0])
+        assert self._is_answered.wait(10)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_between_the_answer_and_the_end_of_its_request() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        is_answered = threading.Event()
+        interrupted: Any = InterruptedSocket(ours, theirs, is_answered)
+        client = BlockingClient(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.post("grpc.Health", "Check", [b""], lambda _: is_answered.set())
+        client.close()

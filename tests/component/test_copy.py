@@ -253,6 +253,12 @@ def test_a_device_is_written_to_and_stays(container: Container, source: Path, wa
     assert os.path.samestat(before, Path("/dev/null").stat())
 
 
+def test_a_full_device_is_named(container: Container, source: Path) -> None:
+    with pytest.raises(CopyError) as error:
+        container.copy("out", f"{source}/sub/file", "/dev/full")
+    assert str(error.value) == "/dev/full: No space left on device"
+
+
 @pytest.mark.parametrize("way", ["in", "out"])
 def test_interrupted_it_leaves_no_process_and_no_partial_file(
     container: Container, tmp_path: Path, inside: Path, way: str

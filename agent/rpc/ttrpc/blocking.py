@@ -89,7 +89,7 @@ class BlockingClient:
                 if sent < sum(map(len, request)):  # interrupted by a signal
                     self._socket.sendall(memoryview(b"".join(request))[sent:])
             except BaseException as error:
-                del self._waiting[stream_id]
+                self._waiting.pop(stream_id, None)  # the response may be here already
                 self._shut_down()  # a partial request was sent: nothing can follow it
                 if isinstance(error, OSError):
                     raise ConnectionClosed from error
