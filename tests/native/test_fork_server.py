@@ -23,7 +23,9 @@ from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process import init_process
+from caisson.agent.libcontainer.process.channel import SetupChannel
 from caisson.agent.libcontainer.process.fork_server import ForkServer
+from caisson.agent.libcontainer.process.init_process import InitProcess
 from caisson.agent.libcontainer.process.launch import Launched
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from tests.native.nsexec_support import Box, children, config, make_rootfs
@@ -273,6 +275,26 @@ async def test_one_that_hangs_is_killed(box: Served, monkeypatch: pytest.MonkeyP
         await box.status(init, "true")
     await until(lambda: first not in children(), "it has been killed")
     assert await box.status(init, "true") == 0
+
+
+async def test_one_whose_process_hangs_is_not_killed(box: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the kernel, at a mount: SIGKILL has no effect there."""
+    announced, pids = InitProcess._announced, []
+
+    def stop(started: InitProcess, stage1: int, stage2: int) -> None:
+        announced(started, stage1, stage2)
+        pids.append(stage2)
+        os.kill(stage2, signal.SIGSTOP)
+
+    monkeypatch.setattr(init_process, "CLEANUP_TIMEOUT", 0.2)
+    monkeypatch.setattr(InitProcess, "_announced", stop)
+    monkeypatch.setattr(SetupChannel, "kill", lambda _: None)
+    with pytest.raises(LaunchError, match="longer than"):
+        await box.create(config())
+    (pid,) = pids
+    assert set(children()) == {box.server.pid, pid}
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: children() == [box.server.pid], "it has been reaped")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class InitProcess:
         # one.
         if self.stages or self._server is not None:
             ended = await self.channel.follow(self._waits, lambda: self.channel.ended, CLEANUP_TIMEOUT)
-            if not ended and not self.stages and self._server is not None:
+            if not ended and not self.pidfds() and self._server is not None:
                 self._server.kill()  # it hangs
         deadline = Deadline(CLEANUP_TIMEOUT)
         children = [*self.stages, *([self.child] if self.child is not None else [])]
