@@ -152,6 +152,9 @@ ID_MAPS: dict[str, Any] = {
         ({"namespaces": [{"type": "mount"}, {"type": "user"}]} | ID_MAPS, {}, set()),
         ({}, {"user": "/p"}, set()),
         ({"namespaces": [{"type": "mount"}, {"type": "time"}]}, {}, set()),
+        ({"resources": {"memory": {"limit": 1 << 20}}}, {}, set()),
+        ({"resources": {"memory": {"limit": 6 << 20}}}, {}, {"mount", "pid"}),
+        ({"resources": {"memory": {"limit": -1}}}, {}, {"mount", "pid"}),
     ],
 )
 def test_namespaces_in_which_an_init_is_cloned(

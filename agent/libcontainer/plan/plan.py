@@ -60,6 +60,9 @@ NO_LINUX = Linux()
 GROUPS_AT_ONCE = 16000  # in one attribute, whose length has 16 bits
 GROUPS_MAX = 65536  # of a process (setgroups(2))
 NOBODY = 65534
+#: The least memory limit beside which all messages fit (4 MiB at most): a process that still has the agent's
+#: oom_score_adj is not killed at its limit, but waits for memory.
+MESSAGES_MEMORY = 6 << 20
 PAUSE = Process(
     args=("pause",),
     user=User(uid=NOBODY, gid=NOBODY),
@@ -183,12 +186,15 @@ def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
 def init_namespaces(spec: Spec, join: Mapping[str, str]) -> int:
     """Return the new namespaces in which an init can be cloned, as CLONE_NEW* flags.
 
-    0: it needs stages outside of them, to write id maps or time offsets, or to enter a pid namespace last.  Raises
-    SpecError.
+    0: it needs stages outside of them and of its cgroup, to write id maps or time offsets, to enter a pid namespace
+    last, or to receive messages that may exceed its memory limit.  Raises SpecError.
     """
     joined = joined_paths(spec.linux, join)
     types = {namespace.type for namespace in spec.linux.namespaces} | set(joined)
     if "pid" in joined or not types.isdisjoint(("user", "time")) or any(is_id_mapped(mount) for mount in spec.mounts):
+        return 0
+    resources = spec.linux.resources
+    if resources is not None and 0 < (resources.memory.limit or 0) < MESSAGES_MEMORY:
         return 0
     return _mask(types - {"cgroup", *joined})
 
