@@ -6,6 +6,7 @@ A running VM is found by its directory alone; the code to boot one is imported o
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -63,11 +64,33 @@ def cp(*, source: str, target: str, name: str) -> int:
     from caisson.agent.client.copy import copy, parse_locations  # late: exec needs none of it
 
     from_, to = parse_locations(source, target)
-    with running_vm(name, answering=False) as vm, explain_container_errors(from_.container or to.container):
+    with (
+        running_vm(name, answering=False) as vm,
+        explain_container_errors(from_.container or to.container),
+        _exiting_at_signals(),
+    ):
         left_out = copy(vm, source, target, info)
     for one in left_out:
         info(f"not copied: {one}")
     return int(bool(left_out))
+
+
+@contextlib.contextmanager
+def _exiting_at_signals() -> Iterator[None]:
+    """Raise SystemExit when the command is to end, unless that is ignored: what it has begun is undone then."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handled = [number for number, handler in before.items() if handler is signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import random
@@ -10,12 +11,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from caisson.agent.client import copy
 from caisson.agent.client.errors import UsageError
+from caisson.commands import execute
 from caisson.commands import main as command_line
 from caisson.commands.catalogue import COMMANDS, GROUPS
 from caisson.commands.declare import Command, Option
@@ -402,3 +406,27 @@ def test_statuses_tell_a_wrong_command_line_from_what_went_wrong(
     output, errors = capfd.readouterr()
     assert output == "" and errors.startswith("caisson: ") and errors.count("\n") == 1, errors
     assert not list(tmp_path.glob("cache/[!e]*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_cp_cleans_up_when_it_is_to_end(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    cleaned_up = []
+
+    def copying(*_: object) -> list[str]:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            cleaned_up.append(True)
+        return []
+
+    monkeypatch.setattr(execute, "running_vm", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(copy, "copy", copying)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as end:
+            execute.cp(source="file", target="box:/there", name="default")
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert (end.value.code, cleaned_up) == (128 + number, [True])
