@@ -216,6 +216,22 @@ async def test_messages_longer_than_the_socket_holds_arrive(box: Served) -> None
     assert await box.output(config(*args)) == (0, "12 100000\n", "")
 
 
+async def test_messages_that_may_exceed_a_memory_limit_are_read_outside(
+    box: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[Any] = []
+    monkeypatch.setattr(box.server, "request", lambda *arguments: requests.append(arguments))
+    value = config("sleep", "100")
+    value["linux"]["resources"] = {"memory": {"limit": 1 << 20}}
+    init = await box.create(value)
+    await box.start(init)
+    with box.stdio() as (stdio, _, _):
+        process = Process(("true",), env=("PATH=/bin",))
+        launched = await box.launch_exec(process, init, Spec.from_json(value), stdio)
+        assert await launched.child.wait() == 0
+    assert requests == []
+
+
 async def test_a_terminal(box: Served) -> None:
     init = await box.running()
     process = Process(("sh", "-c", "test -t 0 && test -t 2"), env=("PATH=/bin",), terminal=True)

@@ -183,6 +183,12 @@ def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
     return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(PAUSE)
 
 
+def messages_fit(spec: Spec) -> bool:
+    """Return whether a process in the container's cgroup can receive all messages within the memory limit."""
+    resources = spec.linux.resources
+    return resources is None or not 0 < (resources.memory.limit or 0) < MESSAGES_MEMORY
+
+
 def init_namespaces(spec: Spec, join: Mapping[str, str]) -> int:
     """Return the new namespaces in which an init can be cloned, as CLONE_NEW* flags.
 
@@ -193,8 +199,7 @@ def init_namespaces(spec: Spec, join: Mapping[str, str]) -> int:
     types = {namespace.type for namespace in spec.linux.namespaces} | set(joined)
     if "pid" in joined or not types.isdisjoint(("user", "time")) or any(is_id_mapped(mount) for mount in spec.mounts):
         return 0
-    resources = spec.linux.resources
-    if resources is not None and 0 < (resources.memory.limit or 0) < MESSAGES_MEMORY:
+    if not messages_fit(spec):
         return 0
     return _mask(types - {"cgroup", *joined})
 

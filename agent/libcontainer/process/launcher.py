@@ -142,6 +142,7 @@ class ProcessLauncher:
                 listener=_listener(spec, launch.container_id, bundle),
                 scheduler=_late_scheduler(process, spec) if in_company and process is not None else None,
                 namespaces=namespaces,
+                served=namespaces != 0,
             )
         except BaseException:
             gate.remove(start_gate)
@@ -184,6 +185,7 @@ class ProcessLauncher:
             until_exec=True,
             listener=_listener(spec, launch.container_id, bundle, init_pid),
             scheduler=_late_scheduler(process, spec, join),
+            served=plan.messages_fit(spec),
         )
         return _launched(started)
 

@@ -66,12 +66,14 @@ class Starter:
         listener: Listener | None = None,
         scheduler: bytes | None = None,
         namespaces: int = 0,
+        served: bool = False,
     ) -> InitProcess:
         """Return the process once it is set up, or with ``until_exec`` has executed its program.
 
         ``messages`` returns what to tell it, called while it is being cloned; ``kind`` is its type on the wire;
-        ``passed`` are further descriptors by environment variable; ``namespaces`` are those in which an init can be
-        cloned (plan.init_namespaces).  Nothing is left on failure.  Raises LaunchError, and what ``messages`` raises.
+        ``passed`` are further descriptors by environment variable; ``served`` is whether the fork server can clone it,
+        an init in ``namespaces`` (plan.init_namespaces).  Nothing is left on failure.  Raises LaunchError, and what
+        ``messages`` raises.
         """
         with self._children.expecting():
             started = InitProcess(
@@ -91,7 +93,6 @@ class Starter:
                 until_end = until_exec and (listener, scheduler, launch.announced) == (None, None, None)
                 if namespaces:
                     settings["_CAISSON_NAMESPACES"] = str(namespaces)
-                served = kind == "setns" or namespaces != 0
                 if not served or not self._request(started, launch, fds, settings):
                     settings.pop("_CAISSON_NAMESPACES", None)
                     started.spawned(self._spawn(launch, fds, settings))
