@@ -202,7 +202,7 @@ class TaskService:
     @runs_to_completion
     async def Delete(self, request: Any) -> Any:
         if request.id == self._unfinished:  # containerd's client has given up; Shutdown comes next
-            await self._abort_creation()
+            await self._abort_creation(request.id)
             self._creating.release()
         container = self._container(request.id)
         process = container.process(request.exec_id)
@@ -374,9 +374,13 @@ class TaskService:
         finally:
             self._creating.release()
 
-    async def _abort_creation(self) -> None:
-        """Acquire the lock; a pod that is just starting, or must end anyway, is aborted first."""
+    async def _abort_creation(self, container_id: str = "") -> None:
+        """Acquire the lock; until it is free, abort the pod that is starting for this container, or on close any pod."""
         idle = asyncio.ensure_future(self._creating.acquire())
         while not (await asyncio.wait([idle], timeout=ABORT_INTERVAL))[0]:
-            if pod := self._starting or (self._pod if self._closed else None):
+            if self._closed:
+                pod = self._starting or self._pod
+            else:
+                pod = self._starting if container_id == self._unfinished else None
+            if pod is not None:
                 await pod.abort()
