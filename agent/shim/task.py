@@ -375,7 +375,7 @@ class TaskService:
             self._creating.release()
 
     async def _abort_creation(self, container_id: str = "") -> None:
-        """Acquire the lock; until it is free, abort the pod that is starting for this container, or on close any pod."""
+        """Acquire the lock; until then abort the pod that is starting for this container, or on close any pod."""
         idle = asyncio.ensure_future(self._creating.acquire())
         while not (await asyncio.wait([idle], timeout=ABORT_INTERVAL))[0]:
             if self._closed:

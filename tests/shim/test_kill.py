@@ -132,7 +132,7 @@ async def test_a_client_that_gives_up_while_its_container_is_created_leaves_noth
         await task.call("Delete")
     await task.call("Shutdown")
     await task.disconnect()
-    await asyncio.wait([creating])
+    await asyncio.gather(creating, return_exceptions=True)
     await until(lambda: not alive(shim), "the shim's end")
     assert nothing_left(fake), moment
 
