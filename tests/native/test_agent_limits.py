@@ -97,8 +97,6 @@ async def test_device_rules_follow_an_update_and_survive_others(agent: RunningAg
         assert not await opens()
         await update(client, oci_pb2.LinuxResources(Devices=[kmsg]))
         assert await opens()
-        await update(client, oci_pb2.LinuxResources(Devices=[kmsg]))  # the program that it has
-        assert await opens()
         await update(client, unrelated(agent, 2))
         assert await opens()
         await update(client, oci_pb2.LinuxResources(Devices=[oci_pb2.LinuxDeviceCgroup(Type="a")]))

@@ -10,7 +10,6 @@ import pytest
 
 from caisson.agent.base import syscalls
 from caisson.agent.libcontainer.cgroups import device_program as devices
-from caisson.agent.libcontainer.config.resources import DeviceRule
 
 
 def fake_bpf(monkeypatch: pytest.MonkeyPatch, interrupted: int) -> list[int]:
@@ -30,31 +29,12 @@ def fake_bpf(monkeypatch: pytest.MonkeyPatch, interrupted: int) -> list[int]:
 
 def test_an_interrupted_load_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     commands = fake_bpf(monkeypatch, interrupted=3)
-    devices.attach(3, [], {})
+    devices.attach(3, [])
     assert commands == [devices.BPF_PROG_LOAD] * 4 + [devices.BPF_PROG_ATTACH]
 
 
 def test_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     commands = fake_bpf(monkeypatch, interrupted=10**6)
     with pytest.raises(BlockingIOError):
-        devices.attach(3, [], {})
+        devices.attach(3, [])
     assert len(commands) == devices.MAX_LOAD_TRIES
-
-
-def rules(minor: int) -> list[DeviceRule]:
-    return [DeviceRule(True, "c", 1, minor, "r")]
-
-
-def test_equal_rules_share_a_program_and_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = fake_bpf(monkeypatch, interrupted=0)
-    kept: dict[bytes, int] = {}
-    for minor in [*range(devices.MAX_KEPT), 0]:
-        devices.attach(3, rules(minor), kept)
-    assert commands.count(devices.BPF_PROG_LOAD) == devices.MAX_KEPT
-    second = kept[devices.program(rules(1))]
-    closed: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "close", closed.append)
-        devices.attach(3, rules(100), kept)
-    assert closed == [second] and len(kept) == devices.MAX_KEPT
-    assert devices.program(rules(0)) in kept and devices.program(rules(1)) not in kept

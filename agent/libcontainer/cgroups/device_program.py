@@ -32,7 +32,6 @@ ALWAYS = (
 BPF_PROG_LOAD, BPF_PROG_ATTACH, BPF_PROG_DETACH, BPF_PROG_GET_FD_BY_ID, BPF_PROG_QUERY = 5, 8, 9, 13, 16
 MAX_LOAD_TRIES = 100
 PROGRAMS_MAX = 64  # that a cgroup can have
-MAX_KEPT = 8
 PROG_TYPE_CGROUP_DEVICE, ATTACH_CGROUP_DEVICE, ALLOW_MULTI, REPLACE = 15, 6, 2, 4
 TYPES = {"b": 1, "c": 2}
 ACCESS = {"m": 1, "r": 2, "w": 4}
@@ -91,25 +90,25 @@ def _rule(rule: DeviceRule) -> list[bytes]:
     return rest
 
 
-def attach(cgroup: int, rules: Iterable[DeviceRule], kept: dict[bytes, int]) -> None:
-    """Attach the program for `rules` to the cgroup directory `cgroup`, replacing the previous one.
+def attach(cgroup: int, rules: Iterable[DeviceRule]) -> None:
+    """Load the program for `rules` and attach it to the cgroup directory `cgroup`, replacing the previous one.
 
-    `kept` are the latest programs, descriptors by code: containers share rules, and the kernel takes 0.3 ms to check
-    and compile a program.  Raises OSError.
+    Raises OSError.
     """
     before = attached(cgroup)
-    fd = _loaded(program(rules), kept)
-    if len(before) == 1 and before[0] == _id(fd):
-        return
-    old = _bpf(BPF_PROG_GET_FD_BY_ID, pack("=III", before[0], 0, 0)) if len(before) == 1 else -1
+    fd = _load(program(rules))
     try:
-        flags = ALLOW_MULTI | (REPLACE if old >= 0 else 0)
-        _bpf(BPF_PROG_ATTACH, pack("=IIIII", cgroup, fd, ATTACH_CGROUP_DEVICE, flags, max(old, 0)))
+        old = _bpf(BPF_PROG_GET_FD_BY_ID, pack("=III", before[0], 0, 0)) if len(before) == 1 else -1
+        try:
+            flags = ALLOW_MULTI | (REPLACE if old >= 0 else 0)
+            _bpf(BPF_PROG_ATTACH, pack("=IIIII", cgroup, fd, ATTACH_CGROUP_DEVICE, flags, max(old, 0)))
+        finally:
+            if old >= 0:
+                os.close(old)
+        for number in before if old < 0 else ():
+            _detach(cgroup, number)
     finally:
-        if old >= 0:
-            os.close(old)
-    for number in before if old < 0 else ():
-        _detach(cgroup, number)
+        os.close(fd)
 
 
 def attached(cgroup: int) -> list[int]:
@@ -130,21 +129,6 @@ def _detach(cgroup: int, number: int) -> None:
         _bpf(BPF_PROG_DETACH, pack("=III", cgroup, fd, ATTACH_CGROUP_DEVICE))
     finally:
         os.close(fd)
-
-
-def _loaded(code: bytes, kept: dict[bytes, int]) -> int:
-    fd = kept.pop(code, -1)
-    if fd < 0:
-        fd = _load(code)
-        if len(kept) >= MAX_KEPT:
-            os.close(kept.pop(next(iter(kept))))
-    kept[code] = fd  # to the end: the oldest are closed first
-    return fd
-
-
-def _id(program: int) -> int:
-    with open(f"/proc/self/fdinfo/{program}", encoding="ascii") as lines:  # noqa: PTH123 - no pathlib at start
-        return next(int(line.split()[1]) for line in lines if line.startswith("prog_id:"))
 
 
 def _load(code: bytes) -> int:

@@ -47,7 +47,6 @@ class CgroupV2(Hierarchy):
         self._parent = parent
         self._waits = waits
         self._made: set[str] = set()  # directories to remove with the last cgroup in them
-        self._programs: dict[bytes, int] = {}  # device_program.attach
 
     @classmethod
     def find(
@@ -89,7 +88,7 @@ class CgroupV2(Hierarchy):
                     pass
             for name, value in self._nesting.items():
                 files.write(f"{at}/{name}", value)
-            cgroup = CgroupOfV2(at, self._made, self._waits, self._programs)
+            cgroup = CgroupOfV2(at, self._made, self._waits)
         except OSError as e:
             files.remove_all(made)
             raise CgroupError(f"cgroup {path}: {(e.strerror or '').lower()}") from e
@@ -110,23 +109,19 @@ class CgroupV2(Hierarchy):
 
     def open(self, paths: Mapping[str, str]) -> CgroupOfV2:
         """Open the cgroup with these directories, which may be gone."""
-        return CgroupOfV2(paths[""], set(), self._waits, self._programs)
+        return CgroupOfV2(paths[""], set(), self._waits)
 
 
 class CgroupOfV2(Cgroup):
     """One cgroup.  `fd` is its directory, for clone3(CLONE_INTO_CGROUP); -1 if it is gone.
 
-    `made` are parents created for it and others like it: they are removed with the last.  `programs` are device
-    programs kept for it and others.
+    `made` are parents created for it and others like it: they are removed with the last.
     """
 
-    def __init__(
-        self, path: str, made: set[str], waits: Waits | None = None, programs: dict[bytes, int] | None = None
-    ) -> None:
+    def __init__(self, path: str, made: set[str], waits: Waits | None = None) -> None:
         super().__init__(waits)
         self.path = path
         self._made = made
-        self._programs = {} if programs is None else programs
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -232,7 +227,7 @@ class CgroupOfV2(Cgroup):
         from caisson.agent.libcontainer.cgroups import device_program
 
         try:
-            device_program.attach(self.fd, rules, self._programs)
+            device_program.attach(self.fd, rules)
         except OSError as e:
             raise CgroupError(f"linux.resources.devices: eBPF device program: {e.strerror}") from e
 
