@@ -30,9 +30,9 @@ from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.launch import Launch
 from caisson.agent.libcontainer.state import CREATED, PAUSED, RUNNING, STOPPED, ProcessStat, State, check_id
 from caisson.agent.model.oom import OomWatcher
+from caisson.agent.model.pipes import Pipes
 from caisson.agent.model.process import Process, kernel_drops, start_process
 from caisson.agent.model.process_table import ProcessTable
-from caisson.agent.model.stdio import Pipes
 from caisson.agent.model.waits import Readers
 
 TYPE_CHECKING = False

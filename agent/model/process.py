@@ -6,8 +6,9 @@ import signal
 
 from caisson.agent.base.errors import NoTerminal
 from caisson.agent.base.syscalls import RT_SIGTIMEDWAIT
+from caisson.agent.model.pipes import Pipes
 from caisson.agent.model.reaper import Child
-from caisson.agent.model.stdio import Pipes, Streams
+from caisson.agent.model.stdio import Streams
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

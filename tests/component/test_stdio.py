@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import pytest
 
 from caisson.agent.base.errors import BrokenStream, EndOfStream
-from caisson.agent.model.stdio import BULK_PIPE, LARGEST_READ, Input, Output, Pipes, Streams
+from caisson.agent.model.pipes import Pipes
+from caisson.agent.model.stdio import BULK_PIPE, LARGEST_READ, Input, Output, Streams
 from tests.component.stream_support import bytes_in, no_descriptor_is_left, pending, read_all, running_child
 
 PIPE = 65536

@@ -13,8 +13,9 @@ import pytest
 
 from caisson.agent.model import stdio
 from caisson.agent.model.bulk import IDLE, Bulk
+from caisson.agent.model.pipes import Pipes
 from caisson.agent.model.reaper import Child
-from caisson.agent.model.stdio import BULK_PIPE, LARGEST_READ, PAGE, Input, Output, Pipes, Streams
+from caisson.agent.model.stdio import BULK_PIPE, LARGEST_READ, PAGE, Input, Output, Streams
 from tests.component.stream_support import bytes_in, no_descriptor_is_left, pending, read_all, running_child
 
 PIPE = 65536

@@ -54,6 +54,7 @@ SHORT_FILES = {
     "agent.libcontainer.plan.lsm": ONE_OF_A_KIND,
     "agent.libcontainer.plan.sysctl": ONE_OF_A_KIND,
     "agent.model.bulk": "one object for all streams, whose own file is long enough",
+    "agent.model.pipes": "made before the process; the file of its streams is long enough",
     "agent.rpc.codes": TABLE,
     "agent.rpc.http2.messages": EVERYBODY_IMPORTS_IT,
     "agent.runtime.checkpoint": LATE,
