@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.native.oci_support import OURS, Oci, Result, become_subreaper, bundle, edit, reaping
+from tests.support.opens import watch_opens
 
 pytestmark = pytest.mark.root
 NAME = f"front-{os.getpid()}"
@@ -189,6 +190,21 @@ def test_home_is_that_of_the_container_now(oci: Oci, tmp_path: Path) -> None:
     (rootfs / "etc/passwd").unlink()
     (rootfs / "etc/passwd").symlink_to("/proc/self/root/etc/none")
     assert oci.ok("exec", NAME, "sh", "-c", "echo $HOME") == "/\n"
+
+
+def test_exec_opens_no_special_file_of_the_container(pair: Pair, tmp_path: Path) -> None:
+    """Opening a device can start it: a watchdog of the host, for example."""
+    from tests.native.nsexec_support import make_rootfs
+
+    rootfs = make_rootfs(tmp_path / "rootfs")
+    (rootfs / "etc/passwd").unlink()
+    os.mkfifo(rootfs / "etc/passwd")
+    for oci in pair:
+        prepare(oci, bundle(tmp_path / f"bundle-{oci.root.name}", rootfs, "sleep", "1000"), "running")
+        with watch_opens(rootfs / "etc/passwd") as was_opened:
+            assert oci.ok("exec", NAME, "sh", "-c", "echo $HOME") == "/\n"
+            assert not was_opened()
+        oci.ok("delete", "--force", NAME)
 
 
 def test_streams_and_signals_of_an_exec(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:

@@ -11,6 +11,7 @@ from caisson.agent.libcontainer.config.process import Process, User
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.plan.user_files import FILE_MAX, UserFiles
 from caisson.agent.libcontainer.plan.users import look_up, look_up_at_once, needs_files, resolve
+from tests.support.opens import watch_opens
 
 PASSWD = """root:x:0:0:root:/root:/bin/sh
 app:x:1000:100:An app:/srv/app:/bin/sh
@@ -132,6 +133,19 @@ def test_user_lookup_ignores_special_files(root: Path) -> None:
     assert who(root, "77").user.uid == 77
     with pytest.raises(SpecError, match="unable to find user"):
         who(root, "app")
+
+
+def test_user_lookup_opens_only_regular_files(root: Path) -> None:
+    """Opening a device can start it: a watchdog of the host, for example."""
+    passwd, process = root / "etc/passwd", Process(args=("x",))
+    for special in (False, True):
+        with watch_opens(passwd) as was_opened:
+            look_up(process, str(root))
+            assert was_opened() != special
+            assert look_up_at_once(process, str(root), str(root)) is not None
+            assert was_opened() != special
+        passwd.unlink()
+        os.mkfifo(passwd)
 
 
 def test_numbers_without_end_are_no_ids(root: Path) -> None:

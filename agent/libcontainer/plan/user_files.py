@@ -11,7 +11,7 @@ from caisson.agent.libcontainer.config.reader import SpecError
 
 FIELD = "process.user.username"
 RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
-FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # not even a lease may block it (fcntl(2))
 DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 FILE_MAX = 1 << 20  # bytes
 PIECE = 1 << 14
@@ -40,18 +40,17 @@ class UserFiles:
         os.close(self._root)
 
     def table(self, path: str, columns: int) -> list[list[str]]:
-        """Return the lines with a full set of columns; none if the file does not exist.
+        """Return the lines with a full set of columns; none if there is no such regular file.
 
-        Raises SpecError if it is not a regular file; with ``own`` OSError if reading it might block.
+        Raises SpecError for a directory or a file that is too large; with ``own`` OSError if reading it might block.
         """
-        fd = self._open(path) if self._device is None else self._open_at_once(path)
+        try:
+            fd = self._open(path)
+        except OSError:
+            if self._device is not None:
+                raise
+            fd = -1
         if fd < 0:
-            return []
-        kind = os.fstat(fd).st_mode
-        if not stat.S_ISREG(kind):
-            os.close(fd)  # open() fails for a directory, and does not close it
-            if stat.S_ISDIR(kind):
-                raise SpecError(FIELD, f"the container's /{path} is a directory")
             return []
         data = _read(fd)
         if len(data) > FILE_MAX:
@@ -61,29 +60,35 @@ class UserFiles:
         return [line for line in lines if len(line) >= columns]
 
     def _open(self, path: str) -> int:
-        """Return a descriptor, or -1."""
-        try:
-            try:
-                return _open_plain(self._root, path)
-            except FileNotFoundError:
-                return -1
-            except OSError:  # probably a link
-                return syscalls.openat2(self._root, path, FLAGS, resolve=RESOLVE)
-        except OSError:
-            return -1
+        """Return a descriptor, or -1 if there is no such regular file.  Raises SpecError for a directory, and OSError.
 
-    def _open_at_once(self, path: str) -> int:
-        """Return a descriptor, or -1.  Raises OSError for another file system, or if opening would block."""
+        Nothing else is opened for reading: opening a device can start it, and the device rules of the container, which
+        can make nodes, do not apply here.
+        """
         try:
-            found = syscalls.openat2(self._root, path, os.O_PATH, resolve=RESOLVE | syscalls.RESOLVE_CACHED)
+            found = self._find(path)
         except FileNotFoundError:
             return -1
         try:
-            if syscalls.device_of(found) != self._device:
+            if self._device is not None and syscalls.device_of(found) != self._device:
                 raise OSError(errno.EXDEV, "is on another file system", path)
-            return os.open(f"/proc/self/fd/{found}", FLAGS | os.O_CLOEXEC)
+            kind = os.fstat(found).st_mode
+            if stat.S_ISDIR(kind):
+                raise SpecError(FIELD, f"the container's /{path} is a directory")
+            return os.open(f"/proc/self/fd/{found}", FLAGS) if stat.S_ISREG(kind) else -1
         finally:
             os.close(found)
+
+    def _find(self, path: str) -> int:
+        """Return an O_PATH descriptor.  Raises OSError; with ``own`` also if the lookup would block."""
+        if self._device is not None:
+            return syscalls.openat2(self._root, path, os.O_PATH, resolve=RESOLVE | syscalls.RESOLVE_CACHED)
+        try:
+            return _find_plain(self._root, path)
+        except FileNotFoundError:
+            raise
+        except OSError:  # probably a link
+            return syscalls.openat2(self._root, path, os.O_PATH, resolve=RESOLVE)
 
 
 def _read(fd: int) -> bytes:
@@ -97,11 +102,15 @@ def _read(fd: int) -> bytes:
         os.close(fd)
 
 
-def _open_plain(root: int, path: str) -> int:
-    """Open a file whose path has no links, without the cost of openat2 (ctypes).  Raises OSError."""
+def _find_plain(root: int, path: str) -> int:
+    """Return an O_PATH descriptor for a path without links, sparing openat2 (ctypes).  Raises OSError."""
     directory, _, name = path.rpartition("/")
     at = os.open(directory, DIRECTORY | os.O_NOFOLLOW, dir_fd=root)
     try:
-        return os.open(name, FLAGS | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+        found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
     finally:
         os.close(at)
+    if stat.S_ISLNK(os.fstat(found).st_mode):
+        os.close(found)
+        raise OSError(errno.ELOOP, "is a symbolic link", path)
+    return found

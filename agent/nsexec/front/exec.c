@@ -25,16 +25,16 @@ static bool find_home(const struct container *container, uint32_t uid, struct sl
 	static char text[FILE_MAX_SIZE];
 	char path[32];
 	struct slice passwd = {.at = ""};
-	int root, fd;
+	int root, found;
 
 	snprintf(path, sizeof(path), "/proc/%u/root", container->pid);
 	root = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (root < 0)
 		return false;
-	fd = sys_openat2(root, "etc/passwd", READ_FLAGS, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
-	if (fd < 0 && errno != ENOENT)
+	found = sys_openat2(root, "etc/passwd", O_PATH | O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
+	if (found < 0 && errno != ENOENT)
 		return false;
-	return (fd < 0 || read_whole(fd, &passwd, text, sizeof(text))) && home_in(passwd, uid, home);
+	return (found < 0 || read_found(found, &passwd, text, sizeof(text))) && home_in(passwd, uid, home);
 }
 
 static bool make_pipes(const struct exec_plan *plan, int own[3], int theirs[3])

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <stdio.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -24,6 +25,23 @@ bool read_whole(int fd, struct slice *out, char *room, size_t size)
 	out->at = room;
 	out->size = used;
 	return got == 0;
+}
+
+/*
+ * Read a regular file that is open with O_PATH, and close it.  Nothing else is opened for reading: opening a device can
+ * start it.
+ */
+bool read_found(int found, struct slice *out, char *room, size_t size)
+{
+	char path[32];
+	struct stat stat;
+	int fd = -1;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", found);
+	if (fstat(found, &stat) == 0 && S_ISREG(stat.st_mode))
+		fd = open(path, READ_FLAGS);
+	close(found);
+	return read_whole(fd, out, room, size);
 }
 
 bool read_file(int directory, const char *path, struct slice *out, char *room, size_t size)

@@ -30,6 +30,7 @@ struct slice { /* of a file's contents */
 
 #define READ_FLAGS (O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) /* for what may not be a regular file */
 bool read_whole(int fd, struct slice *out, char *room, size_t size);
+bool read_found(int found, struct slice *out, char *room, size_t size);
 bool read_file(int directory, const char *path, struct slice *out, char *room, size_t size);
 bool write_all(int fd, const char *data, size_t size);
 
