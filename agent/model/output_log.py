@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 READ = 1 << 16
 MAX_ANSWER = 1 << 20
 
+#: Bytes that a piece counts as at least: it takes more than that in memory, and a process may write single bytes.
+MIN_PIECE = 128
+
 STDOUT, STDERR = 1, 2
 
 
 class OutputPiece:
-    """The result of one read: the offset of its first byte in all of the process's output, its time (ns since 1970),
-    its stream.
+    """The result of one read.
+
+    ``number`` is the offset of its first byte in all of the process's output, ``time`` in nanoseconds since 1970.
     """
 
     __slots__ = ("data", "number", "stream", "time")
@@ -36,7 +40,7 @@ class OutputPiece:
 
 
 class OutputLog:
-    """The last ``max_bytes`` of a process's output; older ones are dropped."""
+    """The last ``max_bytes`` of a process's output, less if it was written in small pieces; older ones are dropped."""
 
     def __init__(self, process: Process, max_bytes: int) -> None:
         self.process = process
@@ -64,9 +68,9 @@ class OutputLog:
     def _add(self, stream: int, data: bytes) -> None:
         self._entries.append(OutputPiece(self._next, time.time_ns(), stream, data))
         self._next += len(data)
-        self._bytes += len(data)
+        self._bytes += max(len(data), MIN_PIECE)
         while self._bytes > self._max_bytes and len(self._entries) > 1:
-            self._bytes -= len(self._entries.popleft().data)
+            self._bytes -= max(len(self._entries.popleft().data), MIN_PIECE)
         self._notify()
 
     def _notify(self) -> None:
@@ -74,7 +78,7 @@ class OutputLog:
         self._changed = asyncio.Event()
 
     async def read(self, begin: int, *, follow: bool) -> tuple[list[OutputPiece], bool]:
-        """Return the entries from byte ``begin`` on that fit one response, and whether that was the end.
+        """Return the entries from byte ``begin`` on that fit into one response, and whether these were the last.
 
         With ``follow``, wait if there is nothing.
         """
