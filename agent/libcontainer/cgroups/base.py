@@ -71,7 +71,9 @@ class Cgroup:
     #: A directory for clone3(CLONE_INTO_CGROUP), -1 if processes cannot be created in it.
     fd: int
 
-    def __init__(self, waits: Waits | None = None) -> None:
+    def __init__(self, made: set[str], waits: Waits | None = None) -> None:
+        """``made`` are directories created for it and others like it: parents are removed with the last in them."""
+        self._made = made
         self._waits: Waits = waits or BlockingWaits()
         self._devices: tuple[DeviceRule, ...] | None = None
 
@@ -127,7 +129,27 @@ class Cgroup:
 
     async def delete(self) -> None:
         """Remove it and all below.  Retries while the kernel tears down dead processes.  Raises CgroupError."""
-        raise NotImplementedError
+        left = list(self.paths.values())
+        pause = 0.001
+        for attempt in range(DELETE_TRIES):
+            left = [path for path in left if not await self._remove(path)]
+            if not left:
+                break
+            if attempt == DELETE_TRIES - 1:
+                raise CgroupError(f"cgroup {left[0]}: cannot be removed: there are processes in it")
+            await self._waits.sleep(pause)
+            pause *= 2
+        self.close()
+        for path in self.paths.values():
+            self._made.discard(path)
+            files.remove_around(path, self._made)
+
+    async def _remove(self, path: str) -> bool:
+        """Remove one of its directories and all below; False while it has processes.  Raises CgroupError."""
+        try:
+            return await self._waits.work(lambda: files.remove_tree(path))
+        except OSError as e:
+            raise CgroupError(f"cgroup {path}: cannot be removed: {e.strerror}") from e
 
     def close(self) -> None:
         """Close descriptors; the cgroup stays.  Idempotent."""

@@ -10,7 +10,7 @@ from caisson.agent.libcontainer.cgroups import files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 #: "No limit", where the kernel says "max".
 UNLIMITED = (1 << 64) - 1
@@ -139,6 +139,14 @@ class CgroupDirectory:
         return sorted(part[1] for part in parts if len(part) == 3 and part[0] == "hugetlb" and part[2] == suffix)
 
 
+def pids(directory: CgroupDirectory, count: Callable[[], int]) -> PidsStats:
+    """Read the number of processes, the same in both versions; `count` counts them where the kernel does not."""
+    if not directory.text("pids.current"):
+        return PidsStats(count())
+    limit = directory.number("pids.max")
+    return PidsStats(directory.number("pids.current"), 0 if limit == UNLIMITED else limit)
+
+
 def _number(text: str) -> int:
     if text == "max":
         return UNLIMITED
@@ -146,6 +154,6 @@ def _number(text: str) -> int:
 
 
 def device(text: str) -> tuple[int, int] | None:
-    """Parse 8:16 into two numbers."""
+    """Parse a device's numbers, as in "8:16"; None if they are invalid."""
     major, colon, minor = text.partition(":")
     return (int(major), int(minor)) if colon and major.isdecimal() and minor.isdecimal() else None

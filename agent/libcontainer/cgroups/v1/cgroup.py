@@ -12,7 +12,6 @@ import os
 from caisson.agent.base.mountinfo import unescape
 from caisson.agent.libcontainer.cgroups import files
 from caisson.agent.libcontainer.cgroups.base import (
-    DELETE_TRIES,
     FREEZE_TIMEOUT,
     WHERE,
     Cgroup,
@@ -150,11 +149,10 @@ class CgroupOfV1(Cgroup):
     def __init__(
         self, directories: Mapping[str, str], roots: Mapping[str, str], made: set[str], waits: Waits | None = None
     ) -> None:
-        super().__init__(waits)
+        super().__init__(made, waits)
         self._directories = {controller: path for name, path in directories.items() for controller in name.split(",")}
         self._roots = {controller: path for name, path in roots.items() for controller in name.split(",")}
         self._paths = dict(directories)
-        self._made = made
         first = next((name for name in FIRST if name in self._directories), next(iter(self._directories)))
         self.path = self._directories[first]
 
@@ -244,30 +242,6 @@ class CgroupOfV1(Cgroup):
             await self._waits.sleep(0.005)
         if "freezer" in self._directories and os.path.isdir(self.path):  # noqa: PTH112
             self._write_freezer("THAWED")
-
-    async def delete(self) -> None:
-        left = dict(self._paths)
-        pause = 0.001
-        for attempt in range(DELETE_TRIES):
-            for name, path in list(left.items()):
-                try:
-                    if await self._removed(path):
-                        del left[name]
-                except OSError as e:
-                    raise CgroupError(f"cgroup {path}: cannot be removed: {e.strerror}") from e
-            if not left:
-                break
-            if attempt == DELETE_TRIES - 1:
-                raise CgroupError(f"cgroup {next(iter(left.values()))}: cannot be removed: there are processes in it")
-            await self._waits.sleep(pause)
-            pause *= 2
-        self.close()
-        for path in self._paths.values():
-            self._made.discard(path)
-            files.remove_around(path, self._made)
-
-    async def _removed(self, path: str) -> bool:
-        return await self._waits.work(lambda: files.remove_tree(path))
 
     def allow_devices(self, rules: tuple[DeviceRule, ...]) -> None:
         """Change the kernel's list step by step into what the rules amount to, and verify it."""

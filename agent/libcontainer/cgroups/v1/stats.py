@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from caisson.agent.libcontainer.cgroups.stats import (
-    UNLIMITED,
     BlkioEntry,
     BlkioStats,
     CgroupDirectory,
@@ -15,9 +14,9 @@ from caisson.agent.libcontainer.cgroups.stats import (
     HugetlbStats,
     MemoryData,
     MemoryStats,
-    PidsStats,
     ThrottlingData,
     device,
+    pids,
 )
 
 TYPE_CHECKING = False
@@ -47,7 +46,7 @@ def read(directories: Mapping[str, str], count: Callable[[], int]) -> CgroupStat
     return CgroupStats(
         _cpu(of("cpuacct"), of("cpu")),
         _memory(of("memory")),
-        _pids(of("pids"), count),
+        pids(of("pids"), count),
         _blkio(of("blkio")),
         _hugetlb(of("hugetlb")),
     )
@@ -81,13 +80,6 @@ def _memory(files: CgroupDirectory) -> MemoryStats:
         use_hierarchy=files.number("memory.use_hierarchy") == 1,
         stats=stats,
     )
-
-
-def _pids(files: CgroupDirectory, count: Callable[[], int]) -> PidsStats:
-    if not files.text("pids.current"):
-        return PidsStats(count())
-    limit = files.number("pids.max")
-    return PidsStats(files.number("pids.current"), 0 if limit == UNLIMITED else limit)
 
 
 def _blkio(files: CgroupDirectory) -> BlkioStats:

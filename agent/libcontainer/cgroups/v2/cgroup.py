@@ -12,7 +12,6 @@ import os
 from caisson.agent.base.mountinfo import unescape
 from caisson.agent.libcontainer.cgroups import files
 from caisson.agent.libcontainer.cgroups.base import (
-    DELETE_TRIES,
     FREEZE_TIMEOUT,
     Cgroup,
     CgroupError,
@@ -113,15 +112,11 @@ class CgroupV2(Hierarchy):
 
 
 class CgroupOfV2(Cgroup):
-    """One cgroup.  `fd` is its directory, for clone3(CLONE_INTO_CGROUP); -1 if it is gone.
-
-    `made` are parents created for it and others like it: they are removed with the last.
-    """
+    """One cgroup.  `fd` is its directory, for clone3(CLONE_INTO_CGROUP); -1 if it is gone."""
 
     def __init__(self, path: str, made: set[str], waits: Waits | None = None) -> None:
-        super().__init__(waits)
+        super().__init__(made, waits)
         self.path = path
-        self._made = made
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -179,22 +174,6 @@ class CgroupOfV2(Cgroup):
                 watch.close()
         except OSError as e:
             raise CgroupError(f"cgroup {self.path}: freezer: {e.strerror}") from e
-
-    async def delete(self) -> None:
-        pause = 0.001
-        for attempt in range(DELETE_TRIES):
-            try:
-                if await self._waits.work(lambda: files.remove_tree(self.path)):
-                    break
-            except OSError as e:
-                raise CgroupError(f"cgroup {self.path}: cannot be removed: {e.strerror}") from e
-            if attempt == DELETE_TRIES - 1:
-                raise CgroupError(f"cgroup {self.path}: cannot be removed: there are processes in it")
-            await self._waits.sleep(pause)
-            pause *= 2
-        self.close()
-        self._made.discard(self.path)
-        files.remove_around(self.path, self._made)
 
     def stats(self) -> CgroupStats:
         from caisson.agent.libcontainer.cgroups.v2 import stats as v2_stats

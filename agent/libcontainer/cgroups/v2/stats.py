@@ -13,9 +13,9 @@ from caisson.agent.libcontainer.cgroups.stats import (
     HugetlbStats,
     MemoryData,
     MemoryStats,
-    PidsStats,
     ThrottlingData,
     device,
+    pids,
 )
 
 TYPE_CHECKING = False
@@ -35,7 +35,7 @@ OPERATIONS = {
 def read(path: str, count: Callable[[], int]) -> CgroupStats:
     """Read all counters of the cgroup `path`; `count` counts processes where the kernel does not."""
     files = CgroupDirectory(path)
-    return CgroupStats(_cpu(files), _memory(files), _pids(files, count), _io(files), _hugetlb(files))
+    return CgroupStats(_cpu(files), _memory(files), pids(files, count), _io(files), _hugetlb(files))
 
 
 def _cpu(files: CgroupDirectory) -> CpuStats:
@@ -65,13 +65,6 @@ def _memory(files: CgroupDirectory) -> MemoryStats:
     )
     kernel = MemoryData(usage=stats.get("kernel", 0), limit=UNLIMITED)
     return MemoryStats(stats.get("file", 0), usage, with_swap, kernel, use_hierarchy=True, stats=stats)
-
-
-def _pids(files: CgroupDirectory, count: Callable[[], int]) -> PidsStats:
-    if not files.text("pids.current"):
-        return PidsStats(count())
-    limit = files.number("pids.max")
-    return PidsStats(files.number("pids.current"), 0 if limit == UNLIMITED else limit)
 
 
 def _io(files: CgroupDirectory) -> BlkioStats:
