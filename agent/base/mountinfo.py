@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 PATH = "/proc/self/mountinfo"
 
 
@@ -15,9 +19,17 @@ def unescape(path: str) -> str:
     return os.fsdecode(data)
 
 
+def mounts(mountinfo: str = PATH) -> Iterator[tuple[str, str, str]]:
+    """Yield each mount in mount order: its mount point, its file system's type and the options of its superblock."""
+    with open(mountinfo, "rb") as lines:  # noqa: PTH123 - no pathlib at start
+        for line in lines:
+            mount, _, filesystem = os.fsdecode(line.rstrip(b"\n")).partition(" - ")
+            fields = mount.split(" ", 5)
+            if len(fields) > 4:
+                yield unescape(fields[4]), filesystem.partition(" ")[0], filesystem.rpartition(" ")[2]
+
+
 def mount_points(top: str, mountinfo: str = PATH) -> list[str]:
     """Return the mount points at and below a directory, one per mount, in mount order."""
-    with open(mountinfo, "rb") as lines:  # noqa: PTH123 - no pathlib at start
-        points = [unescape(os.fsdecode(line.split(b" ", 5)[4])) for line in lines]
     top = top.rstrip("/")
-    return [point for point in points if point == top or point.startswith(f"{top}/")]
+    return [point for point, _, _ in mounts(mountinfo) if point == top or point.startswith(f"{top}/")]

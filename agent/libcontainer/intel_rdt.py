@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+from caisson.agent.base.mountinfo import PATH, mounts
 from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.config.reader import Reader, SpecError
 from caisson.agent.libcontainer.errors import LaunchError
@@ -29,7 +30,8 @@ def from_json(value: object, where: str = WHERE) -> IntelRdt:
     r = Reader(value, where)
     bandwidth = tuple(line for line in r.text("memBwSchema").splitlines() if line)
     cache = tuple(line for line in r.text("l3CacheSchema").splitlines() if line and not line.startswith("MB:"))
-    r.flag("enableCMT"), r.flag("enableMBM")  # the kernel monitors every group
+    for flag in ("enableCMT", "enableMBM"):
+        r.flag(flag)  # no effect: the kernel monitors every group
     parsed = IntelRdt(r.text("closID"), (*cache, *bandwidth, *r.texts("schemata")), r.flag("enableMonitoring"))
     r.done()
     name = parsed.clos_id
@@ -42,14 +44,9 @@ def from_json(value: object, where: str = WHERE) -> IntelRdt:
     return parsed
 
 
-def mounted(mountinfo: str = "/proc/self/mountinfo") -> str | None:
-    """Return the mount point of resctrl."""
-    with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
-        for line in lines:
-            before, _, after = line.partition(" - ")
-            if after.startswith("resctrl "):
-                return before.split(" ")[4]
-    return None
+def mounted(mountinfo: str = PATH) -> str | None:
+    """Return the mount point of resctrl; None if it is not mounted."""
+    return next((point for point, fstype, _ in mounts(mountinfo) if fstype == "resctrl"), None)
 
 
 class ResctrlGroup:
@@ -78,7 +75,7 @@ class ResctrlGroup:
             if self._monitor:
                 os.mkdir(self._monitor, 0o755)  # noqa: PTH102
         except OSError as error:
-            self._failed(error)
+            raise self._error(error) from error
 
     def _set(self, schemata: tuple[str, ...], *, compare: bool) -> None:
         file = f"{self.path}/schemata"
@@ -98,10 +95,10 @@ class ResctrlGroup:
                 with open(f"{path}/tasks", "w", encoding="ascii") as tasks:  # noqa: PTH123
                     tasks.write(str(pid))
         except OSError as error:
-            self._failed(error)
+            raise self._error(error) from error
 
-    def _failed(self, error: OSError) -> None:
-        raise LaunchError(f"{WHERE}: {error.filename or self.path}: {error.strerror}", step="intelRdt") from error
+    def _error(self, error: OSError) -> LaunchError:
+        return LaunchError(f"{WHERE}: {error.filename or self.path}: {error.strerror}", step="intelRdt")
 
     def remove(self) -> None:
         """Remove the group, unless the configuration named it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from caisson.agent.base.mountinfo import unescape
+from caisson.agent.base.mountinfo import PATH, mounts
 from caisson.agent.libcontainer.cgroups import files
 from caisson.agent.libcontainer.cgroups.base import (
     FREEZE_TIMEOUT,
@@ -60,7 +60,7 @@ class CgroupV1(Hierarchy):
     def find(
         cls,
         parent: str = "",
-        mountinfo: str = "/proc/self/mountinfo",
+        mountinfo: str = PATH,
         waits: Waits | None = None,
         *,
         every: bool = False,
@@ -71,20 +71,17 @@ class CgroupV1(Hierarchy):
         cgroups are created below the cgroup `parent`, which is created with the first and removed with the last.
         """
         roots: dict[str, str] = {}
-        with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
-            for line in lines:
-                before, _, after = line.rstrip("\n").partition(" - ")
-                place = unescape(before.split(" ")[4]) if " " in before else ""
-                if every and after.startswith("cgroup2 "):
-                    roots.setdefault("", place)
-                if not after.startswith("cgroup "):
-                    continue
-                options = after.split(" ")[-1].split(",")
-                name = ",".join(option for option in options if option not in FLAGS and "=" not in option)
-                if not name and every:
-                    name = next((option for option in options if option.startswith(NAME)), "")
-                if name:
-                    roots.setdefault(name, place)
+        for point, fstype, text in mounts(mountinfo):
+            if every and fstype == "cgroup2":
+                roots.setdefault("", point)
+            if fstype != "cgroup":
+                continue
+            options = text.split(",")
+            name = ",".join(option for option in options if option not in FLAGS and "=" not in option)
+            if not name and every:
+                name = next((option for option in options if option.startswith(NAME)), "")
+            if name:
+                roots.setdefault(name, point)
         return cls(roots, parent, waits) if any(name and not name.startswith(NAME) for name in roots) else None
 
     def create(self, path: str, *, below_own: bool = False) -> CgroupOfV1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from caisson.agent.base.mountinfo import unescape
+from caisson.agent.base.mountinfo import PATH, mounts
 from caisson.agent.libcontainer.cgroups import files
 from caisson.agent.libcontainer.cgroups.base import (
     FREEZE_TIMEOUT,
@@ -51,7 +51,7 @@ class CgroupV2(Hierarchy):
     def find(
         cls,
         parent: str = "",
-        mountinfo: str = "/proc/self/mountinfo",
+        mountinfo: str = PATH,
         waits: Waits | None = None,
         *,
         bounded: bool = False,
@@ -60,11 +60,9 @@ class CgroupV2(Hierarchy):
 
         All cgroups are created below the cgroup `parent`, which is created with the first and removed with the last.
         """
-        with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
-            for line in lines:
-                before, _, after = line.partition(" - ")
-                if after.startswith("cgroup2 "):
-                    return cls(unescape(before.split(" ")[4]), parent, waits, bounded=bounded)
+        for point, fstype, _ in mounts(mountinfo):
+            if fstype == "cgroup2":
+                return cls(point, parent, waits, bounded=bounded)
         return None
 
     def create(self, path: str, *, below_own: bool = False) -> CgroupOfV2:
