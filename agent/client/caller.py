@@ -80,13 +80,19 @@ def status_of(status: int, stops: Sequence[int]) -> int:
     return 128 + stops[-1] if 0 < len(stops) < MAX_STOPS and status == 128 + signal.SIGKILL else status
 
 
-def terminal_size(terminal: bool, descriptor: int = 0) -> tuple[int, int] | None:
-    """Return the rows and columns of the caller's terminal: a program may query it before a later update arrives."""
+def terminal_size() -> tuple[int, int] | None:
+    """Return the rows and columns of the terminal at standard input; None if it is not one, or has no size."""
     with contextlib.suppress(OSError, ValueError):
-        size = os.get_terminal_size(descriptor)
-        if terminal and size.lines and size.columns:
+        size = os.get_terminal_size(0)
+        if size.lines and size.columns:
             return size.lines, size.columns
     return None
+
+
+def console_size(terminal: bool) -> dict[str, Any]:
+    """Return ``consoleSize`` of a process on a terminal: a program may query it before a later update arrives."""
+    size = terminal_size() if terminal else None
+    return {} if size is None else {"consoleSize": {"height": size[0], "width": size[1]}}
 
 
 def terminal_env(terminal: bool) -> list[str]:

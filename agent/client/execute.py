@@ -24,6 +24,7 @@ from caisson.agent.client.caller import (
     PATH,
     ROOT,
     STOPS,
+    console_size,
     output_error,
     raw_terminal,
     status_of,
@@ -95,9 +96,8 @@ def execute(
         "cwd": cwd,
         "user": dict(user),
         "terminal": terminal,
+        **console_size(terminal),
     }
-    if (size := terminal_size(terminal)) is not None:
-        document["consoleSize"] = {"height": size[0], "width": size[1]}
     process = _AttachedProcess(machine, container_id, terminal)
     try:
         with explain_container_errors(container_id):
@@ -314,7 +314,7 @@ class _AttachedProcess(ContainerProcess):
             self.post("SignalProcess", ignore, (SIGNAL, number))
 
     def _resize(self) -> None:
-        size = terminal_size(self._terminal)
+        size = terminal_size()
         if size is not None:
             with contextlib.suppress(AgentError):
                 self.post("TtyWinResize", ignore, (ROWS, size[0]), (COLUMNS, size[1]))

@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from caisson.agent.client.caller import ROOT, terminal_env, terminal_size
+from caisson.agent.client.caller import ROOT, console_size, terminal_env
 from caisson.agent.client.connection import Agent, Container, Process
 from caisson.agent.client.errors import AgentError
 from caisson.agent.client.guest import Guest, Machine, busybox_root, resolver_lines
 from caisson.agent.client.logs import keep
 from caisson.agent.client.share import OPTIONS as SHARE_OPTIONS
+from caisson.agent.client.share import when_plugged
 from caisson.agent.client.specs import Document, guest_document
 from caisson.agent.client.stdio import attach
-from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata3 import agent_pb2
 
@@ -26,10 +25,7 @@ if TYPE_CHECKING:
     from caisson.agent.client.run_specs import SharedVolume
 
 #: Where the guest mounts storages of containers, as with Kata's hosts.
-SHARED = "/run/kata-containers/shared/containers"
-
-#: Seconds for a hot-plugged disk to appear: an emulated guest is slow, and its agent gives up sooner.
-PLUG_TIMEOUT = 90.0
+STORAGES = "/run/kata-containers/shared/containers"
 
 #: Seconds from the stop signal to SIGKILL, and to wait for an out-of-memory event.
 STOP_TIMEOUT = 10.0
@@ -56,11 +52,9 @@ async def execute_in_guest(
     ProgramError when the program cannot be run, and as `attach` does.
     """
     document = guest_document(words, busybox_root(machine), env=[*terminal_env(terminal), *env], cwd=cwd, user=user)
-    document["process"]["terminal"] = terminal
-    if (size := terminal_size(terminal)) is not None:
-        document["process"]["consoleSize"] = {"height": size[0], "width": size[1]}
+    document["process"] |= {"terminal": terminal, **console_size(terminal)}
     # Shared by all: the agent mounts it for the first and unmounts it after the last.
-    document["root"]["path"] = f"{SHARED}/guest/root"
+    document["root"]["path"] = f"{STORAGES}/guest/root"
     root = _storage("bind", "/", "bind", document["root"]["path"], ["rbind", "rprivate"])
     async with Guest(machine) as guest:
         await guest.agent.create_sandbox()
@@ -94,8 +88,7 @@ async def run_image(
     async with Agent.connect(machine.agent_socket, "ttrpc") as agent:
         container = agent.container(container_id)
         terminal = bool(document["process"].get("terminal"))
-        if (size := terminal_size(terminal)) is not None:
-            document["process"]["consoleSize"] = {"height": size[0], "width": size[1]}
+        document["process"] |= console_size(terminal)
         running = False
         try:
             for warning in await create_on_disk(agent, container_id, document, pci_path, "squashfs", volumes, dns):
@@ -166,7 +159,7 @@ async def create_on_disk(
     Sets the document's root; ``dns`` are the lines of its resolv.conf.  Raises AgentError.
     """
     # Unique: the agent keeps "local" directories until the sandbox's end, a layer ends with its container.
-    place = f"{SHARED}/{uuid.uuid4().hex}"
+    place = f"{STORAGES}/{uuid.uuid4().hex}"
     document["root"]["path"] = f"{place}/root"
     mounted = storages(pci_path, place, fstype)
     for number, volume in enumerate(volumes):
@@ -177,14 +170,7 @@ async def create_on_disk(
         document["mounts"].append({"destination": volume.destination, **bind})
     await agent.create_sandbox()
     await _write_files(agent, document, place, dns)
-    deadline = time.monotonic() + PLUG_TIMEOUT
-    while True:
-        try:
-            return await agent.create_container_reporting(container_id, document, mounted)
-        except AgentError as error:
-            if error.code is not StatusCode.DEADLINE_EXCEEDED or time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(0)  # the agent has already waited
+    return await when_plugged(lambda: agent.create_container_reporting(container_id, document, mounted))
 
 
 async def _write_files(agent: Agent, document: Document, place: str, dns: Sequence[str]) -> None:

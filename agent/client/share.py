@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from caisson.agent.client.connection import Agent
 from caisson.agent.client.errors import AgentError
 from caisson.agent.client.guest import Guest, Machine
 from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.caisson import caisson_pb2
+
+T = TypeVar("T")
 
 #: Default parent of mount points in a container: most can write to /run.
 SHARED = "/run/shared"
@@ -31,15 +35,19 @@ async def mount(
     )
     async with Guest(machine) as guest:
         await guest.find_container(container_id)
-        deadline = time.monotonic() + PLUG_TIMEOUT
-        while True:
-            try:
-                await guest.agent.guest.Mount(request)
-                return
-            except AgentError as error:
-                if error.code is not StatusCode.DEADLINE_EXCEEDED or time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(0)  # the agent has already waited
+        await when_plugged(lambda: guest.agent.guest.Mount(request))
+
+
+async def when_plugged(call: Callable[[], Awaitable[T]]) -> T:
+    """Repeat a call that needs a hot-plugged device until the guest has it.  Raises AgentError."""
+    deadline = time.monotonic() + PLUG_TIMEOUT
+    while True:
+        try:
+            return await call()
+        except AgentError as error:
+            if error.code is not StatusCode.DEADLINE_EXCEEDED or time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0)  # the agent has already waited
 
 
 async def unmount(agent: Agent, tag: str) -> None:
