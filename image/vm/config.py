@@ -51,15 +51,14 @@ def parse_share(text: str) -> tuple[str, tuple[str, bool]]:
 class VMConfig:
     """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel.
 
-    ``max_memory`` and ``max_cpus`` are the hot-plug maximums (0: no hot-plug); ``shares`` are
-    directories of the host, by tag, with whether the guest may write to them; ``virtiofs`` are others, which are
-    plugged in, as a clone can have them, too.  One made from a ``snapshot`` is what the
-    snapshot was; one that is ``savable`` can become a snapshot, and nobody can talk to it (vm/snapshot/snapshot.py).
-    With ``firmware`` the firmware tells what it does, in a file of the VM's directory (x86).  ``network`` is ``none``
-    or ``user``; ``publish`` are ports of this machine that lead into it (network.py).
-    ``on_resume`` is a command that is run, with the agent's socket as its last word, when the host was suspended: then
-    the guest's clock is behind.  With ``writable_disks``, the guest may write to files of any size that are plugged in.
-    ``root_share`` is the tag of a share with containers' root file systems: the VM ends with its virtiofsd.
+    ``max_memory`` and ``max_cpus`` are the hot-plug maximums (0: no hot-plug).  ``shares`` are directories of the host,
+    by tag, with whether the guest may write to them; ``virtiofs`` are others, which are plugged in: a clone can have
+    them, too.  With a ``snapshot`` the VM is a clone of it; a ``savable`` VM can be saved as a snapshot, and has no
+    vsock device (vm/snapshot/snapshot.py).  With ``firmware`` the firmware's messages are written to a file in the VM's
+    directory (x86).  ``network`` is ``none`` or ``user``; ``publish`` are ports of this machine that are forwarded to
+    it (network.py).  ``on_resume`` is a command that is run, with the agent's socket as its last word, after the host
+    was suspended: the guest's clock is behind then.  With ``writable_disks`` the guest may write to plugged files of
+    any size.  ``root_share`` is the tag of a share with containers' root file systems: the VM ends with its virtiofsd.
     """
 
     image: Path

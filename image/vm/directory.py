@@ -1,16 +1,16 @@
 """A VM is a directory: its sockets, its console and vm.json, for as long as its supervisor lives.
 
-<run>/<name>/vm.json       what it is
-             image.json    what runs in it
+<run>/<name>/vm.json       its configuration and state
+             image.json    the manifest of its image
              lock          held by the supervisor: a directory whose lock is free is stale; its text is our mark
-             console.log   what the guest printed, its last MiBs (ring.py)
-             firmware.log  what the firmware printed, if that was asked for
-             qemu.log      what QEMU and the vsock device complained about
+             console.log   the guest's output, the last MiBs of it (logs.py)
+             firmware.log  the firmware's messages, on request
+             qemu.log      messages of QEMU and the vsock device
              agent.sock    any gRPC client dials the agent here
              vsock.sock    CONNECT <port> reaches any other port of the guest; vsock.sock_<port> is the way back
              qmp.sock      QEMU's monitor
-             control.sock  the supervisor's, for what it does while the VM runs (supervisor.py)
-             fsN.sock      a virtiofsd's (virtiofs.py)
+             control.sock  the supervisor's, for requests while the VM runs (supervisor.py)
+             fsN.sock      a virtiofsd's (hotplug/virtiofs.py)
 
 Only directories of this user with our mark are ever removed, and only when creating a VM of the same name, when
 stopping one, or by the janitor of a killed supervisor: reading removes nothing.

@@ -1,4 +1,4 @@
-"""QEMU's command line: a pure function of what is to be booted and how."""
+"""QEMU's command line: a pure function of the program, the image, the devices and the machine."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from caisson.image.vm import network
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.network import Publish
 
-#: QEMU before it does not tell vhost-user devices to enable their rings, and lacks options used here.
+#: Older versions do not tell vhost-user devices to enable their rings, and lack options used here.
 MIN_VERSION = (7, 2)
 
-#: QEMU before it may run stale code when one virtual CPU rewrites what another is about to run: of kernels that switch
-#: static keys, one boot in a hundred panics with "int3".  One thread for all CPUs never does.  (Fixed by QEMU's commit
-#: deba78709a; seen here, and described in https://github.com/multipath-tcp/mptcp_net-next/issues/471.)
+#: Older versions may run stale code when one virtual CPU rewrites what another is about to execute: kernels patch
+#: static keys, and one boot in a hundred panics with "int3".  With one thread for all CPUs that cannot happen.  (Fixed
+#: by QEMU's commit deba78709a; seen here, and described in https://github.com/multipath-tcp/mptcp_net-next/issues/471.)
 MTTCG_VERSION = (8, 1)
 
-#: Kernel parameters for emulation.  Timers tick late there, so checking them fails or takes long; and patching every
-#: LOCK prefix out of a kernel on one CPU costs more than it saves.  Together some 0.3 s of a boot; `tsc=reliable`, a
-#: given TSC frequency and `nolapic_timer` changed nothing that could be told from chance (6.12, QEMU 7.2).
+#: Kernel parameters for emulation.  Timers fire late there, so that checks of them fail or take long; patching every
+#: LOCK prefix out of a kernel on one CPU costs more than it saves.  Together they save some 0.3 s of a boot;
+#: `tsc=reliable`, a given TSC frequency and `nolapic_timer` made no measurable difference (6.12, QEMU 7.2).
 TCG_PARAMETERS = ("no_timer_check", "noreplace-smp")
 
-#: Whether the kernel clears each page that it hands out.  To leave that out gives a third to all that moves data: vsock
-#: from the guest 128 -> 180 MB/s, to it 137 -> 166.  It is a second line of defence inside the guest, and emulation is
-#: no line of defence itself (QEMU, docs/system/security.rst).
+#: Do not clear each page that the kernel allocates: vsock from the guest is faster, 180 MB/s instead of 128, and to it,
+#: 166 instead of 137.  Clearing is a second line of defence inside the guest, and emulation itself is none (QEMU,
+#: docs/system/security.rst).
 UNCLEARED_PAGES = "init_on_alloc=0"
 
-#: From this version on QEMU finds translated code by its physical address alone (CF_PCREL), and does not see what
-#: another process writes to the guest's memory: of programs read through virtiofs, most ran the code that had been on
-#: their pages before.  A page that the guest clears, it has written to itself, and what was translated of it is gone.
+#: From this version on QEMU looks up translated code by its physical address alone (CF_PCREL), and does not notice what
+#: another process writes to the guest's memory: most programs read through virtiofs ran the code that had been in their
+#: pages before.  When the guest clears a page, it writes to it itself, and QEMU discards what it has translated of it.
 CODE_BY_PAGE = (8, 0)
 CLEARED_PAGES = "init_on_alloc=1"
 
-#: "Enhanced rep movsb" tells Linux to copy by bytes; emulated, that is one byte each time around.  Without it the guest
-#: copies eight: file reads and writes of a guest took 0.2 to 0.5 times as long, vsock 1.5 (to it) and 2 times as fast.
-#: "Fast short rep mov", which QEMU has since 8, implies it to Linux 6.1: its memmove goes astray with that flag alone.
+#: With "enhanced rep movsb" Linux copies by bytes, and emulation one byte at a time.  Without it the guest copies eight
+#: at a time: its file reads and writes took 0.2 to 0.5 times as long, and vsock was 1.5 (to it) and 2 times as fast.
+#: To Linux 6.1, "fast short rep mov" (QEMU 8) implies it, and its memmove is wrong with that flag alone.
 TCG_CPU = "max,-erms,-fsrm"
 
-#: Pointer authentication by QEMU's own hash, not by the architecture's cipher: emulated, that one costs half the time.
-#: Source: QEMU, docs/system/arm/cpu-features.rst.
+#: Pointer authentication by QEMU's own hash, not by the architecture's cipher, which takes half of all time under
+#: emulation.  Source: QEMU, docs/system/arm/cpu-features.rst.
 ARM_TCG_CPU = "max,pauth-impdef=on"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What differs between machines of one CPU architecture; ``uname`` is its name in the kernel's words."""
+    """The machine of a CPU architecture; ``uname`` is the kernel's name for the architecture."""
 
     uname: str
     program: str
@@ -71,14 +71,14 @@ ARCHITECTURES = {
     "arm64": Architecture("aarch64", "qemu-system-aarch64", "virt,gic-version=max", "ttyAMA0", ARM_TCG_CPU),
 }
 
-#: Slots of the root bus, in hexadecimal, with ports that something can be plugged into: a disk, a share, an interface.
+#: Slots of the root bus, in hexadecimal, with ports into which disks, shares and interfaces can be plugged.
 PORTS = ("10", "11", "12", "13", "14", "15", "16", "17")
 
-#: Since this version Linux takes a CPU that is not enabled in ACPI's tables for one that never will be, unless it sees
-#: a hypervisor (acpi_is_processor_usable() in arch/x86/kernel/acpi/boot.c).
+#: Since this version Linux assumes that a CPU that is not enabled in ACPI's tables never will be, unless it detects a
+#: hypervisor (acpi_is_processor_usable() in arch/x86/kernel/acpi/boot.c).
 NEEDS_A_HYPERVISOR = (6, 3)
 
-#: The slot of the port that a guest made from a snapshot gets its vsock device in.
+#: The slot of the port into which a clone's vsock device is plugged.
 VSOCK_PORT = "18"
 
 #: How many times memory can be added.
@@ -87,7 +87,7 @@ MEMORY_SLOTS = 8
 
 @dataclass(frozen=True)
 class QemuProgram:
-    """A QEMU; ``title`` is the version as it says it, with the distribution's."""
+    """A QEMU program; ``title`` is the version that it prints, with the distribution's."""
 
     path: str
     version: tuple[int, int]
@@ -96,12 +96,12 @@ class QemuProgram:
 
 @dataclass(frozen=True)
 class Devices:
-    """What the supervisor prepared for QEMU: ``vsock_fd`` is the vhost-user socket, or a /dev/vhost-vsock; a QEMU that
-    is to open them itself has the socket's path instead.
+    """The devices prepared for QEMU: ``vsock_fd`` is the vhost-user socket, or an open /dev/vhost-vsock; a QEMU that is
+    to open the socket itself gets ``vsock_path`` instead.
 
-    ``ram`` is a file that is to be the memory, of a guest that becomes a snapshot or is made from one (``clone``);
-    one that becomes a snapshot has no vhost-user device (``vsock_fd`` < 0), and a clone gets it later (vsock_plug).
-    What the firmware says goes to the file ``firmware``, where it says something (SeaBIOS: on I/O port 0x402).
+    ``ram`` is the file for the memory of a guest that is to be saved, or is made from a snapshot (``clone``).  A guest
+    to be saved has no vhost-user device (``vsock_fd`` < 0), and a clone gets it later (vsock_plug).  The firmware's
+    messages go to the file ``firmware``, if it prints any (SeaBIOS: on I/O port 0x402).
     """
 
     console: Path
@@ -131,8 +131,8 @@ class Devices:
 class MachineSpec:
     """The machine for QEMU to emulate.
 
-    ``memory`` is in MiB; ``max_memory`` and ``max_cpus`` are what can be reached by plugging in, 0 for no more than at
-    the start.  ``shares`` are directories of the host by the tag that the guest mounts (9p).
+    ``memory`` is in MiB; ``max_memory`` and ``max_cpus`` are the maximums with hot-plug, 0 for no more than at the
+    start.  ``shares`` are directories of the host by the tag that the guest mounts (9p).
     """
 
     name: str
@@ -206,14 +206,14 @@ def probe(architecture: Architecture) -> QemuProgram:
 
 @lru_cache(maxsize=8)
 def _version(program: str, changed: int) -> str:
-    """Return what a program says of its version; asked once as long as its file has not changed."""
+    """Return the output of --version; run again only if the program's file has changed."""
     return subprocess.run([program, "--version"], capture_output=True, text=True).stdout
 
 
 def parameters(
     manifest: Mapping[str, Any], architecture: Architecture, accelerator: str, version: tuple[int, int], append: str
 ) -> str:
-    """Return the kernel's command line: of image, root, machine, accelerator and, to override these, the user."""
+    """Return the kernel's command line: words for image, root, machine and accelerator, then the user's, which win."""
     words = [f"console={architecture.console}", str(manifest["cmdline"])]
     words += manifest["root"].get("cmdline", [])
     if accelerator == "tcg":
@@ -230,7 +230,7 @@ def acceleration(accelerator: str, cpus: int, version: tuple[int, int]) -> str:
 
 
 def processors(wanted: MachineSpec, manifest: Mapping[str, Any]) -> str:
-    """Return the value of -smp.  Raises VMError for room that the guest's kernel would not see."""
+    """Return the value of -smp.  Raises VMError for a maximum that the guest's kernel would ignore."""
     if wanted.max_cpus <= wanted.cpus:
         return str(wanted.cpus)
     release = str(manifest["kernel"].get("release", ""))
@@ -244,7 +244,7 @@ def processors(wanted: MachineSpec, manifest: Mapping[str, Any]) -> str:
 
 
 def memory(wanted: MachineSpec) -> str:
-    """Return the value of -m.  Room for more makes a guest set 64 MiB aside for DMA, so there is none by default."""
+    """Return the value of -m.  With a higher maximum a guest reserves 64 MiB for DMA, so there is none by default."""
     more = wanted.max_memory > wanted.memory
     return f"{wanted.memory}M" + (f",slots={MEMORY_SLOTS},maxmem={wanted.max_memory}M" if more else "")
 
@@ -313,11 +313,11 @@ def command(
 
 
 def _snapshot(architecture: Architecture, devices: Devices, wanted: MachineSpec) -> list[str]:
-    """Return the options of a guest that becomes a snapshot or is made from one: memory in a file, and a vmgenid, by
-    which its kernel sees that it is a copy.
+    """Return the options of a guest that is to be saved or is made from a snapshot: memory in a file, and a vmgenid, by
+    which its kernel notices that it is a copy.
 
-    QEMU cannot save a vhost-user device, so such a guest is saved without and has it plugged in later.  The kernel's it
-    saves and restores with another CID; that device also does without shared memory, so a clone maps the snapshot's.
+    QEMU cannot save a vhost-user device, so a guest is saved without one, and clones have it plugged in.  The kernel's
+    device can be saved, and restored with another CID; it needs no shared memory, so a clone maps the snapshot's file.
     """
     assert devices.ram is not None
     vhost_user = devices.vsock == "user"

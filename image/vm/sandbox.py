@@ -1,10 +1,9 @@
-"""Confine the processes of a VM between fork and exec: a guest that breaks into one of them finds nothing to use.
+"""Confine the processes of a VM between fork and exec: a guest that breaks out into one of them gains little.
 
-Whatever it is started by, a confined process gains no privileges (no_new_privs), has the capabilities that it needs and
-no others, makes no file larger than it needs and no core dump, and dies with its parent.  Where root starts it, its
-mounts are its own, and all of them read-only but for what it has to write to.  QEMU and the vsock device can set no
-set-user-ID or set-group-ID bit, so that no share of 9p makes such a file on the host; QEMU has its own filter besides
-(-sandbox on).
+A confined process gains no privileges (no_new_privs), has only the capabilities that it needs, creates no file larger
+than it needs and no core dump, and dies with its parent.  If root has started it, it has its own mounts, which are
+read-only except for the directories that it must write to.  QEMU and the vsock device cannot set set-user-ID or
+set-group-ID bits, so that no such file appears on the host through 9p; QEMU also has its own filter (-sandbox on).
 
 Everything here runs in a child of a single-threaded process.  Sources: prctl(2), capabilities(7), mount_setattr(2),
 seccomp(2); Linux, include/uapi/linux/{capability,filter,seccomp,audit}.h.
@@ -42,22 +41,22 @@ CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID, CAP_KI
 CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_NET_BIND_SERVICE = 6, 7, 8, 10
 CAP_SYS_CHROOT, CAP_SYS_ADMIN, CAP_MKNOD, CAP_SETFCAP = 18, 21, 27, 31
 
-#: For whoever serves files of any owner.
+#: To serve files of any owner.
 FILE_OWNERSHIP = frozenset({CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID, CAP_SETGID, CAP_SETUID})
 
-#: What virtiofsd sets itself up with, in namespaces of its own; it gives all but FILE_OWNERSHIP up then.
+#: For virtiofsd to set up its own namespaces; it then drops all but FILE_OWNERSHIP.
 VIRTIOFSD = FILE_OWNERSHIP | {CAP_DAC_READ_SEARCH, CAP_SETPCAP, CAP_SYS_CHROOT, CAP_SYS_ADMIN, CAP_MKNOD, CAP_SETFCAP}
 
-#: What a supervisor needs to start all of them, and to end them.
+#: For a supervisor to start and end all of these processes.
 SUPERVISOR = VIRTIOFSD | {CAP_KILL, CAP_NET_BIND_SERVICE}
 
 
 @dataclass(frozen=True)
 class Confinement:
-    """What a process may do: ``capabilities`` of those that its parent has, the largest file in bytes, None for any.
+    """The limits of a process: its ``capabilities``, if its parent has them, and its largest file in bytes (or None).
 
-    ``writable``: directories that stay writable where mounts are made read-only; None leaves the mounts as they are.
-    ``set_id_bits``: whether it may set them.  ``mount_namespace``: the descriptor of one to run in.
+    ``writable``: directories that stay writable when mounts are made read-only; None leaves the mounts unchanged.
+    ``set_id_bits``: whether it may set them.  ``mount_namespace``: a descriptor of the one to run in.
     """
 
     capabilities: frozenset[int] = frozenset()
@@ -67,7 +66,7 @@ class Confinement:
     mount_namespace: int | None = None
 
     def apply(self) -> None:
-        """Confine this process, a child that is about to exec.  Raises OSError where the kernel lacks the means."""
+        """Confine this process, a child that is about to exec.  Raises OSError if the kernel does not support it."""
         libc = ctypes.CDLL(None, use_errno=True)
         parent = os.getppid()
         _check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
@@ -88,7 +87,7 @@ class Confinement:
             _install_filter(libc, program)
 
     def preexec(self) -> Callable[[], None]:
-        """Return ``apply`` for subprocess, with what it needs imported: a child of fork(2) should not do that."""
+        """Return ``apply`` for subprocess, with its imports done: a child of fork(2) should not import."""
         ctypes.CDLL(None, use_errno=True)
         return self.apply
 
@@ -102,13 +101,13 @@ def confine_parent(capabilities: frozenset[int]) -> None:
 
 
 def limit_capabilities(keep: frozenset[int], libc: ctypes.CDLL | None = None) -> None:
-    """Give all other capabilities up, also those that a later exec could bring.  Raises OSError."""
+    """Drop all other capabilities, also those that a later exec could grant.  Raises OSError."""
     libc = libc or ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     number = 0
     while libc.prctl(PR_CAPBSET_READ, number, 0, 0, 0) >= 0:
         if number not in keep:
-            # Not permitted without CAP_SETPCAP: then there are none that exec could bring, as no_new_privs is set.
+            # Not permitted without CAP_SETPCAP: but exec grants none then, as no_new_privs is set.
             libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
         number += 1
     header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
@@ -123,7 +122,7 @@ def limit_capabilities(keep: frozenset[int], libc: ctypes.CDLL | None = None) ->
 def _own_mounts(libc: ctypes.CDLL, writable: Sequence[Path]) -> None:
     """Enter a mount namespace in which only ``writable`` can be written to.  Raises OSError."""
     _check(libc.unshare(CLONE_NEWNS))
-    # A slave: what the host unmounts goes here, too.
+    # A slave: what the host unmounts is unmounted here, too.
     _check(libc.mount(None, b"/", None, MS_REC | MS_SLAVE, None))
     for path in writable:
         _check(libc.mount(os.fsencode(path), os.fsencode(path), None, MS_BIND | MS_REC, None))
@@ -138,8 +137,8 @@ def _set_read_only(libc: ctypes.CDLL, path: Path, read_only: bool) -> None:
     _check(libc.syscall(*words))
 
 
-# A filter of system calls: those with a mode fail with EPERM if it has a set-ID bit; those that could go around it by
-# memory that a filter cannot see fail with ENOSYS, and there is another way to do the same.
+# The filter of system calls: those with a mode fail with EPERM if it has a set-ID bit.  Those that pass a mode in
+# memory, which a filter cannot read, fail with ENOSYS: programs then use others.
 
 LD_ABS, JEQ, JGE, JSET, RET = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, KILL = 0x7FFF0000, 0x80000000
@@ -147,7 +146,7 @@ EPERM, ENOSYS = 0x00050000 | 1, 0x00050000 | 38
 S_ISUID_OR_S_ISGID = 0o6000
 X32 = 0x40000000
 
-#: By machine: AUDIT_ARCH, system calls with the place of their mode, those that are not there.
+#: By machine: AUDIT_ARCH, which argument of a system call is the mode, and the calls that fail with ENOSYS.
 OPENAT2, IO_URING_SETUP, FCHMODAT2 = 437, 425, 452
 SYSTEM_CALLS = {
     "x86_64": (
@@ -162,7 +161,7 @@ SYSTEM_CALLS = {
 
 
 def set_id_filter(machine: str) -> bytes:
-    """Return the seccomp program that keeps a process from setting set-ID bits; empty for a machine not known here."""
+    """Return the seccomp program that prevents setting set-ID bits; empty for an unknown machine."""
     if machine not in SYSTEM_CALLS:
         return b""
     audit_arch, with_mode, refused = SYSTEM_CALLS[machine]

@@ -1,8 +1,9 @@
-"""The timeline of a boot, from the request for a VM to its agent's first answer: spans that follow each other.
+"""The timeline of a boot, from the request for a VM to its agent's first response, as consecutive spans.
 
-Three clocks measure it.  This machine's saw QEMU start, the firmware speak and the answer come.  The guest's monotonic
-clock was compared with it afterwards, by whoever asked the agent.  The kernel's log has a third one, which the agent's
-own line in it ties to the second.  Spans are on this machine's, in seconds from the request.
+Three clocks are involved.  This machine's shows when QEMU started, when the firmware printed its messages, and when the
+response arrived.  The guest's monotonic clock is compared with it after the boot, through the agent.  The kernel's log
+has a clock of its own, and a line in it, written by the agent, says what the monotonic clock was.  Spans are on this
+machine's clock, in seconds from the request.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any
 from caisson.image.vm.errors import VMError
 from caisson.proto.contract import CLOCK_LINE
 
-#: Kernel parameters: initcalls are named and timed, in a log that holds all of them.  Nothing more is printed.
+#: Kernel parameters: name and time the initcalls, in a log that is large enough for all.  Nothing more is printed.
 PARAMETERS = "initcall_debug log_buf_len=2M"
 
-#: The agent's line in the kernel's log: what its other clock was then, in microseconds.
+#: The agent's line in the kernel's log: the monotonic clock when it was written, in microseconds.
 CLOCK = re.compile(rf"{CLOCK_LINE} (\d+)")
 
 #: A line that initcall_debug makes: ``initcall NAME+0x0/0x10 [MODULE] returned 0 after 23 usecs``.
@@ -30,12 +31,12 @@ SHARE = 0.008
 
 
 class TimelineError(VMError):
-    """A guest's account of its boot is incomplete; the text says what is missing."""
+    """The records of a boot are incomplete; the text says what is missing."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took time, with its parts that took much of it; ``kind`` is whose it is."""
+    """A span of time with its longer parts; ``kind`` is who spent it: host, firmware, kernel or agent."""
 
     name: str
     kind: str
@@ -50,8 +51,9 @@ class Span:
 
 @dataclass(frozen=True)
 class HostTimes:
-    """This machine's times (CLOCK_MONOTONIC, seconds): the VM asked for, QEMU started, the firmware's first and last
-    message (None where it says nothing), the agent's answer."""
+    """Times by this machine's CLOCK_MONOTONIC, in seconds: of the request, of QEMU's start, of the firmware's first and
+    last message (None if it prints nothing), and of the agent's first response.
+    """
 
     asked: float
     spawned: float
@@ -61,9 +63,11 @@ class HostTimes:
 
 @dataclass(frozen=True)
 class GuestTimes:
-    """The guest's times (its CLOCK_MONOTONIC, seconds): places that the agent came by, and imports with begin and end;
-    and its kernel's log, as records of /dev/kmsg.  This machine's clock is ``ahead`` of the guest's, give or take
-    ``error``."""
+    """Times by the guest's CLOCK_MONOTONIC, in seconds: points of the agent's start, imports with begin and end; and
+    the kernel's log, as records of /dev/kmsg.
+
+    This machine's clock is ``ahead`` of the guest's, plus or minus ``error``.
+    """
 
     marks: Sequence[tuple[str, float]]
     imports: Sequence[tuple[str, float, float]]
@@ -74,7 +78,7 @@ class GuestTimes:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A boot.  ``error`` is how far the guest's spans may be off, together, to either side (seconds)."""
+    """A boot.  All of the guest's spans may be shifted by up to ``error`` seconds, in either direction."""
 
     what: str
     spans: tuple[Span, ...]
@@ -87,7 +91,7 @@ class Timeline:
     def json(self) -> str:
         """Return a document: seconds, error and spans, each with name, kind, start, seconds and parts.
 
-        The same spans are in it as trace events, so that Perfetto and chrome://tracing open the file as it is.
+        It also contains them as trace events, so that Perfetto and chrome://tracing can open the file.
         """
         document: dict[str, Any] = {"what": self.what, "seconds": self.seconds, "error": self.error}
         document |= {"spans": [asdict(span) for span in self.spans]}
@@ -97,8 +101,8 @@ class Timeline:
     def trace_events(self) -> list[dict[str, Any]]:
         """Return the spans as complete events of the Trace Event Format, in microseconds, a thread for each kind.
 
-        Slices of a thread have to nest: a part ends with its whole, and one that overlaps the part before it, as what
-        the kernel does asynchronously, is on a thread of its own.
+        Slices of a thread must nest: a part ends no later than its whole, and one that overlaps the part before it, as
+        asynchronous work of the kernel does, is on another thread.
         """
         threads: dict[str, int] = {}
         events: list[dict[str, Any]] = [_metadata("process_name", 0, self.what)]
@@ -133,7 +137,7 @@ def _rounded(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class LogRecord:
-    """A record of the kernel's log: when, by the log's clock (seconds), and what."""
+    """A record of the kernel's log: its time in seconds, by the log's clock, and its text."""
 
     at: float
     text: str
@@ -172,7 +176,7 @@ def timeline(what: str, host: HostTimes, guest: GuestTimes) -> Timeline:
     return Timeline(what, tuple(_joined(ends)), guest.error)
 
 
-#: The places on the agent's way to its first answer, and what it does until there; others are duties of PID 1.
+#: Points of the agent's start, and what it does before each; all others are duties of PID 1.
 PLACES = {
     "python": "Python's start",
     "listening": "options, a socket that listens",

@@ -2,7 +2,7 @@
 
 ``vhost`` is the kernel's device: an open /dev/vhost-vsock that owns a context id, with relay.py beside it; ``user`` is
 our own vhost-user device.  Both processes have the same command line: ``… --cid CID --socket S --raw A=PORT
-[--ready-fd N]``, and need the standard library alone.
+[--ready-fd N]``, and need only the standard library.
 
 Sources: vsock(7); Linux, include/uapi/linux/vhost.h and drivers/vhost/vsock.c (VHOST_VSOCK_SET_GUEST_CID).
 """

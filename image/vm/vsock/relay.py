@@ -2,10 +2,10 @@
 
     python -I -S relay.py --cid CID --socket S --raw PATH=PORT --ready-fd N
 
-The kernel moves the bytes between guest and host; this gives a VM the same sockets as our own device does: ``S`` takes
-``CONNECT <port>``, answered with ``OK <port>``, each PATH leads to its port right away, and what the guest connects to
-on the host arrives at ``S_<port>``: the ports of the host are one for all VMs, so one VM at a time has each.  Ends on
-SIGTERM.  Standard library alone, imported from nowhere.  Source: vsock(7).
+The kernel moves the bytes between guest and host; this program gives a VM the same sockets as our own device does:
+``S`` takes ``CONNECT <port>``, answered with ``OK <port>``, each PATH leads to its port without a handshake, and the
+guest's connections to a port of the host arrive at ``S_<port>``.  All VMs share the ports of the host, so each port is
+one VM's at a time.  Exits on SIGTERM.  Needs only the standard library, and nothing imports it.  Source: vsock(7).
 """
 
 from __future__ import annotations
@@ -145,8 +145,10 @@ async def listen(path: str, port: int | None, dial: Dial) -> None:
     """Serve connections to a Unix socket at this path, until cancelled; the socket exists once this first waits."""
     with socket.socket(socket.AF_UNIX) as listener:
         before = os.umask(0o177)
-        listener.bind(path)
-        os.umask(before)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(before)
         try:
             await accept(listener, lambda client: serve(client, port, dial))
         finally:

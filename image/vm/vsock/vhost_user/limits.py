@@ -21,9 +21,9 @@ class DeviceLimits:
         self.pending_rsts = 256
         #: Packets processed before other descriptors get a turn.
         self.batch = 64
-        #: Used tx chains before they are published, bytes of data in them, and how long they may wait: to publish is to
-        #: interrupt, and what the guest has to say next would wait for that.  Linux wakes a sender that has credit
-        #: again only while less than half its send buffer (208 KiB) is with us.
+        #: Used tx chains before they are published, bytes of data in them, and how long they may wait: publishing
+        #: interrupts the guest, which delays its next packet.  Linux wakes a sender that has got credit again only
+        #: while we hold less than half of its send buffer (208 KiB).
         self.unpublished = 16
         self.unpublished_bytes = 32 << 10
         self.publish_delay = 0.002

@@ -1,4 +1,4 @@
-"""The header of a vsock packet and its numbers (virtio 1.2, section 5.10.6); pieces of memory that hold packets."""
+"""The header of a vsock packet and its constants (virtio 1.2, section 5.10.6), and packets in pieces of memory."""
 
 from __future__ import annotations
 

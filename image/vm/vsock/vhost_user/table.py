@@ -1,4 +1,4 @@
-"""The connections of a device: by port, counted, from request to last byte."""
+"""The connections of a device by their ports, from the request to the last byte, within the limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ LAST_PORT = (1 << 31) - 1
 
 
 class ConnectionTable:
-    """``dial`` opens a socket to the host program for the port in a guest's REQUEST, or raises OSError."""
+    """The connections of one device.
+
+    ``dial`` opens a socket to the host program for the port in a guest's REQUEST, or raises OSError.
+    """
 
     def __init__(
         self,
