@@ -51,8 +51,8 @@ def guest_memory(machine: Machine) -> int:
 
 def guest_cpus(machine: Machine) -> int:
     """Return the maximum CPUs of a VM, including hot-plug; 1 if unknown."""
-    said = _description(machine)
-    return max(1, int(said.get("cpus") or 1), int(said.get("max_cpus") or 0))
+    vm = _description(machine)
+    return max(1, int(vm.get("cpus") or 1), int(vm.get("max_cpus") or 0))
 
 
 def resolver_lines(machine: Machine) -> list[str]:

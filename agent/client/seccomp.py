@@ -16,7 +16,7 @@ AF_VSOCK = 40
 #: The CLONE_NEW* flags of all namespaces but time: clone(2) is permitted without them.
 NEW_NAMESPACES = 0x7E020000
 
-#: personality(2): Linux, UNAME26 with and without ADDR_NO_RANDOMIZE's neighbours, and the query.
+#: personality(2): PER_LINUX and PER_LINUX32, both also with UNAME26, and the query of the current one.
 PERSONALITIES = (0x0, 0x0008, 0x20000, 0x20008, 0xFFFFFFFF)
 
 #: Machines, and the other architectures they can run.

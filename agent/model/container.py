@@ -95,7 +95,7 @@ class Container:
         self._oom_watcher: OomWatcher | None = None
         self._paused = False
         self._shares_pids = False  # its other processes outlive init
-        self._hooks_may_have_run = False  # its hooks may have run
+        self._hooks_may_have_run = False  # so that its poststop hooks have to
         self._poststart: asyncio.Task[None] | None = None
         self._ending = False  # no process can start in it any more
         self._removed = False

@@ -85,8 +85,7 @@ class Cache:
         result = self.root / step / key
         if not result.is_dir():
             return None
-        with_time = result / ".used"
-        with_time.touch()  # for trim()
+        (result / ".used").touch()  # for trim()
         return result
 
     def get_or_make(self, step: str, key: str, make: Callable[[Path], None]) -> Path:

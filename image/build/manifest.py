@@ -36,14 +36,14 @@ def contents(
 ) -> dict[str, Any]:
     """Return the part of the document known before the image is packed."""
     # Readers assume Debian if an image does not name its distribution.
-    whose = {} if definition.distribution == "debian" else {"distribution": definition.distribution}
+    distribution = {} if definition.distribution == "debian" else {"distribution": definition.distribution}
     return {
         "format": FORMAT,
         "name": definition.name,
         "key": key,
         "suite": definition.suite,
         "arch": definition.arch,
-        **whose,
+        **distribution,
         "init": definition.init,
         "cmdline": definition.cmdline,
         "agent": {"version": agent},
@@ -63,7 +63,7 @@ def contents(
 
 def osbuilder(document: Mapping[str, Any], definition: Definition) -> str:
     """Return osbuilder.yaml, format 0.0.2, which Kata's tools look for in /var/lib/osbuilder (kata-collect-data.sh)."""
-    said = {
+    description = {
         "osbuilder": {"url": "", "version": document["agent"]["version"]},
         "rootfs-creation-time": "1970-01-01T00:00:00+00:00",
         "description": f"caisson image {document['name']}, {document['key']}",
@@ -84,7 +84,7 @@ def osbuilder(document: Mapping[str, Any], definition: Definition) -> str:
             "agent-is-init-daemon": "yes" if definition.init == "agent" else "no",
         },
     }
-    return yaml.safe_dump(said, sort_keys=False)
+    return yaml.safe_dump(description, sort_keys=False)
 
 
 def write(document: dict[str, Any], file: Path) -> None:

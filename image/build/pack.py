@@ -70,16 +70,16 @@ def root(definition: Definition, trees: Sequence[Path], kernel: Kernel, target: 
     with merge_directories(trees, initrd.CONSOLE) as tree:
         _check_limit(definition, "tree", sum(node.length for _, node in tree.files()), tree)
         if definition.format == "initrd":
-            said = _initrd(definition, tree, target)
+            entry = _initrd(definition, tree, target)
         else:
-            said = _disk(definition, tree, target, tools)
-        file = target / said["file"]
+            entry = _disk(definition, tree, target, tools)
+        file = target / entry["file"]
         _check_limit(definition, "image", file.stat().st_size, tree)
     if (kernel.directory / "bzImage").is_file():
         _check_limit(definition, "kernel", (kernel.directory / "bzImage").stat().st_size)
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return said | {"format": definition.format, "bytes": file.stat().st_size, "sha256": digest}
+    return entry | {"format": definition.format, "bytes": file.stat().st_size, "sha256": digest}
 
 
 def _initrd(definition: Definition, tree: Tree, target: Path) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _disk(definition: Definition, tree: Tree, target: Path, tools: Tools) -> dic
     """Write a disk in the definition's layout.  ``cmdline`` is what the kernel needs to mount it."""
     filesystem, image = target / "root.filesystem", target / "root.img"
     disk.write_filesystem(filesystem, tree, definition.format, tools=tools)
-    said: dict[str, Any] = {"file": image.name, "layout": definition.layout}
+    entry: dict[str, Any] = {"file": image.name, "layout": definition.layout}
     data, hashes = "/dev/vda" if definition.layout == "plain" else "/dev/vda1", None
     mount = f"root={data} ro"
     hashed = None
@@ -104,7 +104,7 @@ def _disk(definition: Definition, tree: Tree, target: Path, tools: Tools) -> dic
             hashed = verity.append(filesystem)
         # Nothing of a tampered root may run: not even its intact parts.
         mount = hashed.command_line(data, hashes, on_corruption="panic")
-        said["verity"] = hashed.record()
+        entry["verity"] = hashed.record()
     if definition.layout == "plain":
         filesystem.rename(image)
     elif definition.layout == "dax":
@@ -113,7 +113,7 @@ def _disk(definition: Definition, tree: Tree, target: Path, tools: Tools) -> dic
         _write_gpt(definition, filesystem, hashed, image)
     filesystem.unlink(missing_ok=True)
     kind = ROOT_FORMATS[definition.format].kernel_name
-    return said | {"cmdline": [mount, f"rootfstype={kind}", "init=/init"]}
+    return entry | {"cmdline": [mount, f"rootfstype={kind}", "init=/init"]}
 
 
 def _write_gpt(definition: Definition, filesystem: Path, tree: verity.HashTree | None, image: Path) -> None:

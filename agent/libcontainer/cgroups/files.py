@@ -25,7 +25,7 @@ def read(path: str) -> str:
 
 
 def write(path: str, value: str) -> None:
-    """Return one write, as the kernel wants it.  Raises OSError."""
+    """Write a value by a single write(2), as the kernel requires.  Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         os.write(fd, (value or "\n").encode())

@@ -196,9 +196,8 @@ class Spec(Record):
 
 
 def ignoring_unknown(read: Callable[[], T], warn: Callable[[str], object]) -> T:
-    """Read a document, removing every field that is unknown, or known only in another case.
-
-    Each is reported to `warn`.
+    """Read a document without its unknown fields, each of which is reported to `warn`; one that differs from a known
+    field only in case is taken for that.
 
     Raises SpecError for an invalid field.
     """

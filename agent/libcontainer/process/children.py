@@ -1,4 +1,4 @@
-"""Children of the runtime, and who waits for them.
+"""The child processes of the runtime, and their owner, who waits for them.
 
 An agent has one owner of all children (model/reaper.py); a command waits for its own here.
 """

@@ -39,10 +39,10 @@ class Launched(Record):
 
 
 class Launch(Record):
-    """The arguments of a process's start, beside its messages.
+    """How to start a process, apart from its messages.
 
-    `stdio` is None if and only if it has a terminal.  `cgroup_fds` are entries of its cgroup by nsexec's names for
-    them. It keeps `preserved` descriptors from 3 on.  `announced` is called with its pid while it is set
+    `stdio` is None if and only if it has a terminal.  `cgroup_fds` are descriptors of its cgroup by nsexec's names
+    for them.  It keeps `preserved` descriptors from 3 on.  `announced` is called with its pid while it is set
     up. An init is put into its root by pivot_root(2), or for `pivot` False by chroot(2), and has a session keyring of
     its own, or for `keyring` False the caller's.  `on_host`: as for plan.init_messages and plan.exec_messages.
     """

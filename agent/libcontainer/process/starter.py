@@ -70,7 +70,7 @@ class Starter:
     ) -> InitProcess:
         """Return the process once it is set up, or with ``until_exec`` has executed its program.
 
-        ``messages`` returns what to tell it, called while it is being cloned; ``kind`` is its type on the wire;
+        ``messages`` encodes what to send it, and is called while it is being cloned; ``kind`` is its type on the wire;
         ``passed`` are further descriptors by environment variable; ``served`` is whether the fork server can clone it,
         an init in ``namespaces`` (plan.init_namespaces).  Nothing is left on failure.  Raises LaunchError, and what
         ``messages`` raises.

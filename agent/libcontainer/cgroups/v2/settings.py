@@ -135,7 +135,9 @@ def _or_max(number: int) -> str:
 
 
 def weight(shares: int) -> int:
-    """cgroup v1 shares (2-262144, 1024 the default) as v2 weight (1-10000, 100 the default), as runc since 1.3."""
+    """Convert shares of cgroup v1 (2-262144, by default 1024) to a weight of v2 (1-10000, by default 100), as runc does
+    since 1.3.
+    """
     from math import log2
 
     if shares <= 2:
