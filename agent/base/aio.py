@@ -1,12 +1,17 @@
-"""Additions to asyncio: run a coroutine to completion despite cancellation, relay between two connections."""
+"""Additions to asyncio: run a coroutine to completion despite cancellation, connect, relay between two connections."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from functools import wraps
 
 #: Bytes copied at once.
 BLOCK = 1 << 16
+
+#: Seconds between two attempts to connect to a socket whose queue is full.
+RETRY_INTERVAL = 0.01
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,6 +47,26 @@ def _retrieve_exception(task: asyncio.Future[Any]) -> None:
     """Mark an exception as retrieved: the awaiting task may be gone, and asyncio would warn."""
     if not task.cancelled():
         task.exception()
+
+
+async def connect_unix(path: str | os.PathLike[str]) -> socket.socket:
+    """Connect to a Unix socket, waiting while its listener's queue is full; returns a socket that does not block.
+
+    No event reports that there is room again (EAGAIN, connect(2)): asyncio would take the socket for connected.  Raises
+    OSError.
+    """
+    connected = socket.socket(socket.AF_UNIX)
+    try:
+        connected.setblocking(False)
+        while True:
+            try:
+                connected.connect(os.fspath(path))
+                return connected
+            except BlockingIOError:
+                await asyncio.sleep(RETRY_INTERVAL)
+    except BaseException:
+        connected.close()
+        raise
 
 
 async def join(one: Streams, other: Streams) -> None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from caisson.agent.base.aio import join
+from caisson.agent.base.aio import connect_unix, join
 from caisson.agent.client.caller import CHUNK, PATH
 from caisson.agent.client.connection import Container
 from caisson.agent.client.errors import AgentError, UsageError
@@ -61,7 +61,7 @@ async def dial(socket: Path, port: int) -> Streams:
     if not 0 <= port <= MAX_PORT:
         raise UsageError(f"vsock port {port}: out of range; ports are 0 to {MAX_PORT}")
     try:
-        reader, writer = await asyncio.open_unix_connection(str(socket))
+        reader, writer = await asyncio.open_unix_connection(sock=await connect_unix(socket))
     except OSError as error:
         raise UsageError(f"{socket}: {error.strerror or error}; the VM has ended") from error
     try:

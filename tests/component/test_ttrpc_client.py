@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,3 +97,22 @@ async def test_a_client_waits_for_a_server_that_does_not_read() -> None:
             assert client._transport.get_write_buffer_size() < 3 << 20
         for call in calls:
             assert await failed(call) == (StatusCode.UNAVAILABLE, "the connection is closed")
+
+
+async def test_connecting_waits_while_the_listeners_queue_is_full(tmp_path: Path) -> None:
+    loop, path = asyncio.get_running_loop(), str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
+        listener.bind(path)
+        listener.listen(0)
+        listener.setblocking(False)
+        earlier = stack.enter_context(socket.socket(socket.AF_UNIX))
+        earlier.connect(path)
+        connecting = asyncio.ensure_future(Client.connect(path))
+        await asyncio.sleep(0.05)
+        assert not connecting.done()
+        stack.enter_context((await loop.sock_accept(listener))[0])
+        async with await asyncio.wait_for(connecting, 10) as client:
+            accepted = stack.enter_context((await loop.sock_accept(listener))[0])
+            call = asyncio.ensure_future(client.call("s", "m", b"payload"))
+            assert b"payload" in await asyncio.wait_for(loop.sock_recv(accepted, 1000), 10)
+            call.cancel()

@@ -33,7 +33,6 @@ SHORT_FILES = {
     "agent.api.kata3.status": TABLE,
     "agent.api.reasons": TABLE,
     "agent.api.status": EVERYBODY_IMPORTS_IT,
-    "agent.base.aio": LATE,
     "agent.base.heap": LATE,
     "agent.base.limits": EVERYBODY_IMPORTS_IT,
     "agent.base.log": EVERYBODY_IMPORTS_IT,

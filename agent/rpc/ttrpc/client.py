@@ -15,6 +15,7 @@ from typing import Any, Self
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
 
+from caisson.agent.base.aio import connect_unix
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc import frames
 from caisson.agent.rpc.ttrpc.responses import MAX_STREAM_ID, ConnectionClosed, RpcError, payload_of
@@ -36,13 +37,8 @@ class Client(asyncio.Protocol):
     @classmethod
     async def connect(cls, path: str | os.PathLike[str]) -> Self:
         """Connect to a Unix socket.  Raises OSError."""
-        connected = socket.socket(socket.AF_UNIX)
-        connected.setblocking(False)
+        connected = await connect_unix(path)
         try:
-            try:
-                connected.connect(os.fspath(path))  # immediate, unless the listener's queue is full
-            except BlockingIOError:
-                await asyncio.get_running_loop().sock_connect(connected, os.fspath(path))
             _, client = await asyncio.get_running_loop().create_unix_connection(cls, sock=connected)
             return client
         except BaseException:
