@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 from caisson.agent.base.errors import NoTerminal
@@ -139,7 +140,14 @@ async def start_process(
             pipes.failed()
         raise
     assert isinstance(launched.child, Child)  # the launcher's children are the reaper's
-    if pipes is not None:
-        return Process(exec_id, launched.child, pipes.started()), launched.pidfd
-    assert launched.console is not None
-    return Process(exec_id, launched.child, Streams.of_terminal(launched.console, bulk)), launched.pidfd
+    try:
+        if pipes is not None:
+            streams = pipes.started()
+        else:
+            assert launched.console is not None
+            streams = Streams.of_terminal(launched.console, bulk)
+    except OSError:  # no descriptors are left
+        launched.child.signal(signal.SIGKILL)
+        os.close(launched.pidfd)
+        raise
+    return Process(exec_id, launched.child, streams), launched.pidfd

@@ -280,9 +280,17 @@ class Streams:
 
     @classmethod
     def of_terminal(cls, master: int, bulk: Bulk | None = None) -> Streams:
-        """Take over a terminal's master."""
-        output = Output(master, bulk, is_terminal=True)
-        return cls(Input(os.dup(master), bulk), output, output, os.dup(master))
+        """Take over a terminal's master.  Raises OSError, after which it is closed."""
+        ends = [master]
+        try:
+            for _ in range(2):
+                ends.append(os.dup(master))
+        except OSError:
+            for end in ends:
+                os.close(end)
+            raise
+        output = Output(ends[0], bulk, is_terminal=True)
+        return cls(Input(ends[1], bulk), output, output, ends[2])
 
     @property
     def is_terminal(self) -> bool:

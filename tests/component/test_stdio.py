@@ -7,14 +7,22 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
+import signal
 import struct
+import subprocess
 import termios
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from caisson.agent.base.errors import BrokenStream, EndOfStream
+from caisson.agent.libcontainer.process.launch import Launched, Stdio
+from caisson.agent.model.bulk import Bulk
 from caisson.agent.model.pipes import Pipes
+from caisson.agent.model.process import start_process
+from caisson.agent.model.reaper import Child
 from caisson.agent.model.stdio import BULK_PIPE, LARGEST_READ, Input, Output, Streams
 from tests.component.stream_support import bytes_in, no_descriptor_is_left, pending, read_all, running_child
 
@@ -270,4 +278,41 @@ async def test_a_terminals_size() -> None:
     streams.exited()
     streams.resize(1, 1)  # too late, but not an error
     streams.close()
+    os.close(slave)
+
+
+@contextlib.contextmanager
+def no_descriptor_is_free() -> Iterator[None]:
+    limits, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    last = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in taken:
+            os.close(fd)
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "1000"]) as program:
+        yield program
+        program.kill()
+
+
+async def test_a_process_on_a_terminal_does_not_outlive_a_lack_of_descriptors(sleeper: subprocess.Popen[bytes]) -> None:
+    master, slave = os.openpty()
+    child = Child(sleeper.pid)
+    launched = Launched(child, master, os.pidfd_open(sleeper.pid))
+
+    async def launch(stdio: Stdio | None, cgroup_fds: dict[str, int]) -> Launched:
+        return launched
+
+    with no_descriptor_is_free(), pytest.raises(OSError, match="Too many open files"):
+        await start_process(launch, "x", None, Bulk(), None)
+    assert await asyncio.to_thread(sleeper.wait, 10) == -signal.SIGKILL
     os.close(slave)
