@@ -31,6 +31,11 @@ PREFIX = "disk-"
 PERIPHERAL = "/machine/peripheral"
 
 
+def monitor_of(vm: RunningVM, timeout: float = MONITOR_TIMEOUT) -> QMP:
+    """Connect to QEMU's monitor; ``timeout`` in seconds is for that, and for each command.  Raises VMError."""
+    return QMP(vm.directory / "qmp.sock", scaled(timeout))
+
+
 def plug_disk(vm: RunningVM, file: Path, name: str, *, writable: bool = False, spare: int = 0) -> str:
     """Plug in a disk, unless one of this name already is; returns its PCI path, slots from the root bus on ("10/00").
 
@@ -38,7 +43,7 @@ def plug_disk(vm: RunningVM, file: Path, name: str, *, writable: bool = False, s
     no more than ``spare`` ports are empty.
     """
     identity = f"{PREFIX}{name}"
-    with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
+    with monitor_of(vm) as monitor:
         for port, devices in plugged(monitor).items():
             if identity in devices:
                 return _path(port)
@@ -79,7 +84,7 @@ def _open(monitor: QMP, file: Path, identity: str, writable: bool) -> None:
 
 def unplug_disk(vm: RunningVM, name: str) -> bool:
     """Unplug a disk, and close its file; False if the guest did not release it in time.  Raises VMError."""
-    with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
+    with monitor_of(vm) as monitor:
         return not _unplug(monitor, {f"{PREFIX}{name}"})
 
 
@@ -89,7 +94,7 @@ def unplug_unused(vm: RunningVM, used: Callable[[], Container[str]]) -> None:
     ``used`` is called while no disk can be plugged in: callers register a disk before plugging it in.  A guest that
     does not release a disk in time keeps it.  Raises VMError.
     """
-    with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
+    with monitor_of(vm) as monitor:
         names = used()
         unused = {
             identity

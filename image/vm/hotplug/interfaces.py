@@ -5,8 +5,8 @@ Source: QEMU, qapi/net.json (NetdevTapOptions), qapi/misc.json (getfd).
 
 from __future__ import annotations
 
-from caisson.image.vm.hotplug.disks import MONITOR_TIMEOUT, empty_port, plugged
-from caisson.image.vm.qmp import QMP, QMPError
+from caisson.image.vm.hotplug.disks import empty_port, monitor_of, plugged
+from caisson.image.vm.qmp import QMPError
 from caisson.image.vm.running import RunningVM
 
 PREFIX = "nic-"
@@ -17,7 +17,7 @@ def plug_interface(vm: RunningVM, tap: int, mac: str) -> None:
 
     QEMU gets a duplicate of the descriptor.  Raises VMError when no port is empty.
     """
-    with QMP(vm.directory / "qmp.sock", MONITOR_TIMEOUT) as monitor:
+    with monitor_of(vm) as monitor:
         taken = {name for devices in plugged(monitor).values() for name in devices}
         number = next(n for n in range(len(taken) + 1) if f"{PREFIX}{n}" not in taken)
         bus, name = empty_port(monitor, vm.name), f"{PREFIX}{number}"

@@ -13,6 +13,7 @@ from _thread import start_new_thread
 from collections.abc import Sequence
 
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.hotplug.disks import monitor_of
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.qmp import QMP, QMPError
 from caisson.image.vm.running import RunningVM
@@ -35,7 +36,7 @@ POLL_INTERVAL = 0.02
 
 def plug_cpus(vm: RunningVM, count: int) -> None:
     """Plug in ``count`` CPUs, all or none.  Raises VMError if the VM has no room for that many."""
-    with QMP(vm.directory / "qmp.sock", scaled(PLUG_TIMEOUT)) as monitor:
+    with monitor_of(vm, PLUG_TIMEOUT) as monitor:
         places = [place for place in monitor.execute("query-hotpluggable-cpus") if "qom-path" not in place]
         if len(places) < count:
             raise VMError(
@@ -52,7 +53,7 @@ def plug_memory(vm: RunningVM, mebibytes: int) -> None:
     """Plug in memory, a multiple of 128 MiB.  Raises VMError if the VM has no room for it."""
     if mebibytes <= 0 or mebibytes % MEMORY_BLOCK:
         raise VMError(f"{mebibytes} MiB: memory is plugged in multiples of {MEMORY_BLOCK} MiB")
-    with QMP(vm.directory / "qmp.sock", scaled(PLUG_TIMEOUT)) as monitor:
+    with monitor_of(vm, PLUG_TIMEOUT) as monitor:
         plugged = monitor.execute("query-memory-devices")
         have = vm.info["memory"] + sum(device["data"]["size"] for device in plugged) // 2**20
         if have + mebibytes > vm.info["max_memory"]:
@@ -104,7 +105,7 @@ def set_memory(vm: RunningVM, mebibytes: int) -> int:
 
     It may keep more if it needs more.  Raises VMError for a size out of bounds.
     """
-    with QMP(vm.directory / "qmp.sock", scaled(BALLOON_TIMEOUT)) as monitor:
+    with monitor_of(vm, BALLOON_TIMEOUT) as monitor:
         plugged = monitor.execute("query-memory-devices")
         most = vm.info["memory"] + sum(device["data"]["size"] >> 20 for device in plugged)
         if not MIN_MEMORY <= mebibytes <= most:

@@ -18,7 +18,7 @@ from typing import Any
 from caisson.image.vm.config import TAG
 from caisson.image.vm.errors import InvalidOption, VMError
 from caisson.image.vm.hotplug import virtiofs
-from caisson.image.vm.hotplug.disks import MONITOR_TIMEOUT, empty_port, plugged, unplugged
+from caisson.image.vm.hotplug.disks import MONITOR_TIMEOUT, empty_port, monitor_of, plugged, unplugged
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.qmp import QMP, QMPError
@@ -101,7 +101,7 @@ def _plug_new(vm: RunningVM, question: dict[str, Any], fds: Sequence[int] = ()) 
         )
     answer = _request(vm, question, fds)
     try:
-        with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
+        with monitor_of(vm) as monitor:
             _plug(monitor, vm, tag, answer["socket"])
     except BaseException:
         _request(vm, {"unshare": tag})
@@ -138,7 +138,7 @@ def _alone(vm: RunningVM) -> Iterator[None]:
 
 
 def _is_plugged(vm: RunningVM, tag: str) -> bool:
-    with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
+    with monitor_of(vm) as monitor:
         return any(f"share-{tag}" in devices for devices in plugged(monitor).values())
 
 
@@ -177,7 +177,7 @@ def _unshare(vm: RunningVM, tag: str) -> None:
         )
     if there[tag][0] == "9p":
         raise VMError(f"share {tag!r}: was set up when VM {vm.name!r} booted, and stays until it stops")
-    with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
+    with monitor_of(vm) as monitor:
         with contextlib.suppress(QMPError):  # it is gone, or about to go
             monitor.execute("device_del", {"id": f"share-{tag}"})
         if not unplugged(monitor, f"share-{tag}"):
