@@ -10,7 +10,7 @@ from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.responses import ConnectionClosed, RpcError
 from caisson.agent.shim.bundle import KILLED
 from caisson.agent.shim.errors import ShimError, finished
-from caisson.agent.shim.stdio import BLOCK, TaskStreams, copy_output
+from caisson.agent.shim.stdio import BLOCK, StdinReader, TaskStreams, copy_output
 from caisson.proto.containerd import tasks_pb2
 from caisson.proto.kata3 import agent_pb2
 
@@ -71,8 +71,8 @@ class Process:
         self._copies = [loop.create_task(copy_output(lambda: self._read("ReadStdout"), streams.stdout))]
         if not self.terminal:
             self._copies.append(loop.create_task(copy_output(lambda: self._read("ReadStderr"), streams.stderr)))
-        if streams.stdin is not None:
-            self._input = loop.create_task(self._copy_input(streams))
+        if streams.stdin is not None or not self.terminal:
+            self._input = loop.create_task(self._copy_input(streams.stdin))
         self._waiting = loop.create_task(self._wait(ended))
 
     async def _wait(self, ended: Callable[[Process], Any]) -> None:
@@ -97,10 +97,10 @@ class Process:
             return b""
         return bytes(answer.data)
 
-    async def _copy_input(self, streams: TaskStreams) -> None:
-        assert streams.stdin is not None
+    async def _copy_input(self, stdin: StdinReader | None) -> None:
+        """Copy its input until that ends; without any, its stdin ends at once."""
         try:
-            while data := await streams.stdin.read():
+            while stdin is not None and (data := await stdin.read()):
                 while data:
                     answer = await self._rpc.WriteStdin(agent_pb2.WriteStreamRequest(**self._ids, data=data))
                     data = data[answer.len or len(data) :]

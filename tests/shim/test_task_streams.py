@@ -58,6 +58,17 @@ async def test_input_ends_by_close_io_alone(fake: FakeContainerd) -> None:
     out.close()
 
 
+async def test_without_stdin_a_process_reads_end_of_file(fake: FakeContainerd) -> None:
+    task = await fake.start("c1", "sh", "-c", "cat; exec sleep 1000")
+    await task.create()
+    await task.call("Start")
+    await task.exec("e1", "cat")
+    assert (await task.call("Wait", exec_id="e1")).exit_status == 0
+    await task.exec("e2", "sh", "-c", "until grep -q sleep /proc/1/cmdline; do sleep 0.1; done")
+    assert (await task.call("Wait", exec_id="e2")).exit_status == 0
+    await task.end()
+
+
 async def test_a_terminal_is_one_stream_and_has_a_size(fake: FakeContainerd) -> None:
     out, into = Fifo(fake.place / "out", os.O_RDONLY), Fifo(fake.place / "in", os.O_RDWR)
     task = await fake.run("c1", "sleep", "1000")
