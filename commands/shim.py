@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from caisson.agent.shim.launch import Arguments, start
+from caisson.agent.shim.launch import RUNTIME_OPTIONS, Arguments, start
 
 #: containerd's type name of an OCI features document (containerd, core/runtime/typeurl.go).
 FEATURES_URL = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
@@ -105,10 +105,23 @@ def _serve(listener: socket.socket, options: bytes, arguments: Arguments, source
 
     sys.meta_path.insert(0, LazyImporter(DEFERRED))
 
-    from caisson.agent.shim.options import RuntimeOptions
+    machines = source.machines(_parse(options, arguments.id))
+
+    from caisson.agent.shim.host import begin_early
+
+    begun = begin_early(arguments.id, arguments.namespace, machines)
+
     from caisson.agent.shim.server import serve
 
-    serve(listener, arguments, source.machines(RuntimeOptions.parse(options, arguments.id)))
+    serve(listener, arguments, machines, begun)
+
+
+def _parse(options: bytes, container_id: str) -> RuntimeOptions | None:
+    if RUNTIME_OPTIONS.encode() not in options:
+        return None
+    from caisson.agent.shim.options import RuntimeOptions  # late: protobuf
+
+    return RuntimeOptions.parse(options, container_id)
 
 
 def _delete(arguments: Arguments, source: MachineSource) -> None:

@@ -7,8 +7,8 @@ import os
 import time
 
 from caisson.agent.hypervisor.peer import Peer, PeerError
-from caisson.agent.pods.guest import CALL_TIMEOUT, GUEST_SHARED, GuestNetwork, personalize
-from caisson.agent.pods.machines import SHARE_TAG, MachineError, machine_name
+from caisson.agent.pods.guest import CALL_TIMEOUT, GuestNetwork, personalize
+from caisson.agent.pods.machines import GUEST_SHARED, SHARE_TAG, MachineError, machine_name
 from caisson.agent.pods.network import NetworkError
 from caisson.agent.rpc.ttrpc.client import Client, Stub
 from caisson.agent.rpc.ttrpc.responses import RpcError

@@ -18,9 +18,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.pods.machines import PodMachine
 
-#: The mount point of a pod's share in a guest of Kata's.
-GUEST_SHARED = "/run/kata-containers/shared/containers"
-
 #: Seconds for a call that changes the guest.
 CALL_TIMEOUT = 60.0
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-#: The tag of a pod's share in Kata.
+#: The tag of a pod's share in Kata, and its mount point in the guest.
 SHARE_TAG = "kataShared"
+GUEST_SHARED = "/run/kata-containers/shared/containers"
 
 
 class PodMachine(Protocol):

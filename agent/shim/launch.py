@@ -21,6 +21,9 @@ SOCKET_DIRECTORY = "/run/containerd/s"
 #: Annotations of config.json that name the pod of a container, whose shim also serves it.
 GROUPS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 
+#: The type of a runtime's options (options.py).
+RUNTIME_OPTIONS = "runtimeoptions.v1.Options"
+
 #: Backlog of connections while the server is still importing.
 BACKLOG = 128
 

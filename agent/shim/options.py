@@ -12,9 +12,8 @@ from google.protobuf.message import DecodeError
 from caisson.agent.base.record import Record
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.shim.errors import ShimError
+from caisson.agent.shim.launch import RUNTIME_OPTIONS
 from caisson.proto.containerd import bootstrap_pb2, linux_runc_options_pb2, options_pb2, runc_options_pb2
-
-TYPE_URL = options_pb2.Options.DESCRIPTOR.full_name
 
 #: runc's options by their names: those of its shim, and those that clients of containerd 1.x write for other shims.
 RUNC_OPTIONS = {
@@ -52,7 +51,7 @@ class RuntimeOptions(Record):
     def parse(cls, message: bytes, container_id: str) -> RuntimeOptions | None:
         """Parse the options sent by containerd; None if there are none, or they are another runtime's."""
         for one in _candidates(message, container_id):
-            if one.type_url.rpartition("/")[2] == TYPE_URL:
+            if one.type_url.rpartition("/")[2] == RUNTIME_OPTIONS:
                 options = options_pb2.Options.FromString(one.value)
                 if options.config_path or options.config_body:
                     return cls(options.config_path, options.config_body.decode(errors="replace"))

@@ -17,6 +17,7 @@ from caisson.agent.rpc.listener import accept
 from caisson.agent.rpc.server import Server
 from caisson.agent.shim.errors import status_of
 from caisson.agent.shim.events import Publisher
+from caisson.agent.shim.host import PodHost
 from caisson.agent.shim.launch import Arguments
 from caisson.agent.shim.pod import Pod
 from caisson.agent.shim.sandbox import SandboxService
@@ -31,12 +32,12 @@ SANDBOX = Service(sandbox_pb2.DESCRIPTOR.services_by_name["Sandbox"], SandboxSer
 FLUSH_TIMEOUT = 3.0
 
 
-def serve(listener: socket.socket, arguments: Arguments, machines: Machines) -> None:
-    """Serve until Shutdown or SIGTERM; then nothing of the pod is left."""
-    asyncio.run(_serve(listener, arguments, machines))
+def serve(listener: socket.socket, arguments: Arguments, machines: Machines, begun: PodHost | None = None) -> None:
+    """Serve until Shutdown or SIGTERM; then nothing of the pod is left, even if its host's part has only ``begun``."""
+    asyncio.run(_serve(listener, arguments, machines, begun))
 
 
-async def _serve(listener: socket.socket, arguments: Arguments, machines: Machines) -> None:
+async def _serve(listener: socket.socket, arguments: Arguments, machines: Machines, begun: PodHost | None) -> None:
     loop = asyncio.get_running_loop()
     log = Log("debug" if arguments.debug else "info")
     stop = asyncio.Event()
@@ -44,8 +45,12 @@ async def _serve(listener: socket.socket, arguments: Arguments, machines: Machin
         loop.add_signal_handler(number, stop.set)
     publisher = Publisher(os.environ.get("TTRPC_ADDRESS", ""), arguments.namespace, log)
 
+    early = [begun] if begun is not None else []
+
     def make_pod(sandbox_id: str) -> Pod:
-        return Pod(sandbox_id, arguments.namespace, machines, log)
+        if early and early[0].id == sandbox_id:
+            return Pod(early.pop(), log)
+        return Pod(PodHost(sandbox_id, arguments.namespace, machines), log)
 
     task = TaskService(make_pod, publisher, log, stop.set)
     methods: dict[str, Any] = SANDBOX.bind(SandboxService(task, stop.set))
@@ -58,6 +63,8 @@ async def _serve(listener: socket.socket, arguments: Arguments, machines: Machin
     await stop.wait()
     Path(path).unlink(missing_ok=True)
     await task.close()
+    for host in early:  # nobody has asked for it
+        await Pod(host, log).stop()
     await publisher.flush(FLUSH_TIMEOUT)
     await server.stop(grace=1.0)
     for job in jobs:

@@ -12,7 +12,7 @@ from typing import Any
 
 from caisson.agent.base.mountinfo import mount_points
 from caisson.agent.base.record import Record
-from caisson.agent.pods.guest import GUEST_SHARED
+from caisson.agent.pods.machines import GUEST_SHARED
 
 #: The tmpfs that all containers of a pod have as /dev/shm.
 GUEST_SHM = "/run/kata-containers/sandbox/shm"

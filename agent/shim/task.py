@@ -147,7 +147,7 @@ class TaskService:
         if pod is None:
             pod = await self._start_pod(bundle.sandbox, document, bundle, own_cgroup)
         else:
-            pod.record(bundle, owner=False)
+            pod.record(bundle)
         try:
             self._containers[request.id] = await Container.create(pod, bundle, document, request, owner=owner)
         except BaseException:

@@ -12,8 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from caisson.agent.pods.guest import GUEST_SHARED
-from caisson.agent.pods.machines import MachineError, NoPort
+from caisson.agent.pods.machines import GUEST_SHARED, MachineError, NoPort
 from caisson.agent.shim.bundle import ProcessId
 from tests.support.poll import wait_until
 from tests.support.source import ROOT

@@ -96,6 +96,27 @@ async def test_what_cannot_be_executed_fails_in_words_that_docker_knows(
     await fake.delete_program(task)
 
 
+async def test_the_vm_starts_before_it_is_asked_for(fake: FakeContainerd) -> None:
+    task = await fake.start("c1", *SLEEP)
+    await until(lambda: list(fake.place.glob("agents/*/pid")), "a VM before Create")
+    record = TaskBundle(task.bundle, "c1").read()
+    assert record is not None and record.owner and record.machine, "`delete` could not stop it"
+    await task.call("Shutdown")
+    await until(lambda: not list(fake.place.glob("agents/*/pid")), "its end with the shim")
+    await until(lambda: TaskBundle(task.bundle, "c1").read() is None, "the end of the record")
+
+
+@pytest.mark.parametrize("unfit", [{"mounts": [{"type": "bind", "source": "/dev/null"}]}, {"mounts": 7}, {"linux": {}}])
+async def test_no_vm_starts_for_a_configuration_that_create_rejects(
+    fake: FakeContainerd, unfit: dict[str, Any]
+) -> None:
+    task = await fake.start("c1", *SLEEP, **unfit)
+    await task.call("Connect")
+    assert not list(fake.place.glob("agents/*")) and TaskBundle(task.bundle, "c1").read() is None
+    await task.refused("Create", bundle=str(task.bundle))
+    await task.call("Shutdown")
+
+
 async def test_a_failed_create_leaves_nothing(fake: FakeContainerd) -> None:
     task = await fake.start("c1", *SLEEP, mounts=[{"destination": "/x", "type": "bind", "source": "/nonexistent"}])
     code, text = await task.refused("Create", bundle=str(task.bundle))

@@ -13,20 +13,20 @@ from unittest import mock
 import pytest
 from google.protobuf import any_pb2
 
-from caisson.agent.pods.guest import GUEST_SHARED, MAX_WAITS, until_plugged
-from caisson.agent.pods.machines import MachineError
+from caisson.agent.pods.guest import MAX_WAITS, until_plugged
+from caisson.agent.pods.machines import GUEST_SHARED, MachineError
 from caisson.agent.pods.network import NetworkError, links
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.agent.shim.errors import ShimError
-from caisson.agent.shim.launch import Arguments, _bootstrap_id, group_of, socket_path
+from caisson.agent.shim.host import OVERHEAD, size_of
+from caisson.agent.shim.launch import RUNTIME_OPTIONS, Arguments, _bootstrap_id, group_of, socket_path
 from caisson.agent.shim.options import RuntimeOptions, shim_cgroup
-from caisson.agent.shim.pod import OVERHEAD, size_of
 from caisson.agent.shim.spec import GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
 from caisson.agent.shim.stats import UNLIMITED, metrics
 from caisson.commands import machines, pods
 from caisson.commands.shim import FEATURES_URL, main
-from caisson.proto.containerd import bootstrap_pb2, linux_runc_options_pb2, runc_options_pb2, types_pb2
+from caisson.proto.containerd import bootstrap_pb2, linux_runc_options_pb2, options_pb2, runc_options_pb2, types_pb2
 from caisson.proto.kata3 import agent_pb2, oci_pb2
 
 NAMESPACES = [{"type": kind} for kind in ("mount", "network", "uts", "pid", "ipc")]
@@ -72,6 +72,10 @@ def test_of_runcs_options_the_shims_cgroup_is_taken() -> None:
     given.value = runc_options_pb2.Options(shim_cgroup="/own", binary_name="runc").SerializeToString()
     assert shim_cgroup(given) == "/own"
     assert RuntimeOptions.parse(given.SerializeToString(), "c1") is None
+    ours = options_pb2.Options(config_path="/x.toml")
+    given.type_url, given.value = ours.DESCRIPTOR.full_name, ours.SerializeToString()
+    assert given.type_url == RUNTIME_OPTIONS
+    assert RuntimeOptions.parse(given.SerializeToString(), "c1") == RuntimeOptions("/x.toml", "")
     given.type_url = "containerd.linux.runc.CreateOptions"  # from clients of containerd 1.x
     given.value = linux_runc_options_pb2.CreateOptions(shim_cgroup="/old").SerializeToString()
     assert shim_cgroup(given) == "/old"
