@@ -144,6 +144,8 @@ async def _serve(options: Options, listener: socket.socket, log: Log, timestamps
     if not connected and not options.timeline:  # as when a guest is booted to be saved
         services().import_for_containers()
         await server.warm_up(health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, "Check")
+    if options.warm_up:
+        await services().warm_up(await server.connect())
     print(f"{READY_LINE} {options.listen}", flush=True)
     await stop.wait()
     for task in tasks:

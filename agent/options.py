@@ -33,6 +33,7 @@ class Options(Record):
     trace: bool = False
     trace_target: str = f"vsock:{TRACE_PORT}"
     timeline: bool = False
+    warm_up: bool = False
     complaints: tuple[str, ...] = ()
 
 
@@ -144,6 +145,7 @@ OPTIONS = (
     _Option("trace_target", str, "send traces here: vsock:PORT on the host, or unix:PATH", argument="--trace-target"),
     _Option("trace_target", _port, "vsock port on the host to send traces to", name="trace_vport"),
     _Option("timeline", _flag, "time the imports during startup", name="timeline"),
+    _Option("warm_up", _flag, "start and end a pod before a guest is saved", name="warm_up"),
     _Option("cgroup_parent", str, "the parent of all other cgroups", argument="--cgroup-parent"),
 )
 BY_NAME = {option.name: option for option in OPTIONS if option.name}

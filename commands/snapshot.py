@@ -18,14 +18,17 @@ from caisson.image.vm.snapshot.snapshot import check_name, has_printed_ready
 #: Minutes that an idle CPU takes to compile the kernel of the template `lean`.
 COMPILE_MINUTES = 20.0
 
+#: The agent's option to start and end a pod, so that clones start theirs sooner (agent/api/warmup.py).
+WARM_UP = "agent.warm_up"
+
 
 def save_snapshot(*, name: str, image: str, memory: int, cpus: int, append: str, accel: str, vsock: str) -> None:
     """Boot a guest and save it with its agent listening."""
     check_name(name)
     directory = image_directory(image, info) if image else lean_image()
     config = VMConfig(
-        image=directory, name=f"save-{os.getpid()}", accel=accel, vsock=vsock, memory=memory, cpus=cpus, append=append,
-        savable=True,
+        image=directory, name=f"save-{os.getpid()}", accel=accel, vsock=vsock, memory=memory, cpus=cpus,
+        append=f"{WARM_UP} {append}".rstrip(), savable=True,
     )  # fmt: skip
     began = time.monotonic()
     with VM.start(config, ready=has_printed_ready, report=info) as vm:

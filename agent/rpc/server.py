@@ -7,6 +7,7 @@ import asyncio
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from socket import socket
     from typing import Any
 
     from caisson.agent.base.log import Log
@@ -43,18 +44,22 @@ class Server:
 
         In a guest saved afterwards, each clone serves its first host without running cold code.
         """
-        import socket
-
         from caisson.agent.rpc.http2 import connection, grpc  # noqa: F401
         from caisson.agent.rpc.ttrpc import frames
 
         loop = asyncio.get_running_loop()
-        near, far = socket.socketpair()
-        with near:
-            near.setblocking(False)
-            await loop.connect_accepted_socket(self.accept, far)
+        with await self.connect() as near:
             await loop.sock_sendall(near, frames.request(1, service, method, b""))
             await loop.sock_recv(near, BUFFER_SIZE)
+
+    async def connect(self) -> socket:
+        """Return a connection to this server from its own process."""
+        from socket import socketpair
+
+        near, far = socketpair()
+        near.setblocking(False)
+        await asyncio.get_running_loop().connect_accepted_socket(self.accept, far)
+        return near
 
     async def stop(self, grace: float) -> None:
         """Accept no more requests; those in progress get ``grace`` seconds.  Closes all connections."""
