@@ -152,7 +152,7 @@ def adapt(
         _check_shares(process, linux)
         for name in _object(linux.get("sysctl"), "linux.sysctl"):
             if not name.startswith(PERMITTED_SYSCTLS):
-                raise _refused(f"linux.sysctl.{name}", "is of the whole guest")
+                raise _refused(f"linux.sysctl.{name}", "affects the whole guest")
         linux["maskedPaths"] = sorted({*_list(linux.get("maskedPaths"), "linux.maskedPaths"), *masked})
         linux["readonlyPaths"] = sorted({*_list(linux.get("readonlyPaths"), "linux.readonlyPaths"), *readonly})
     return document
@@ -268,29 +268,29 @@ def _check_shares(process: dict[str, Any], linux: dict[str, Any]) -> None:
     for name in ("pids", "memory"):
         limit = _object(resources.get(name), f"linux.resources.{name}").get("limit")
         if isinstance(limit, int) and limit < 0:
-            raise _refused(f"linux.resources.{name}.limit", f"{limit} is none")
+            raise _refused(f"linux.resources.{name}.limit", f"{limit} means no limit")
         if limit == 0:
             del resources[name]["limit"]
     if resources.get("pids") == {}:
         del resources["pids"]
     for key in ("realtimeRuntime", "realtimePeriod"):
         if _object(resources.get("cpu"), "linux.resources.cpu").get(key):
-            raise _refused(f"linux.resources.cpu.{key}", "would run it before the guest")
+            raise _refused(f"linux.resources.cpu.{key}", "would give it precedence over the guest")
     if resources.get("unified"):
         raise _refused("linux.resources.unified", "sets files of cgroups by name")
     if linux.get("netDevices"):
         raise _refused("linux.netDevices", "would take devices from the guest")
     policy = str(_object(process.get("scheduler"), "process.scheduler").get("policy") or "SCHED_OTHER")
     if policy not in ("SCHED_OTHER", "SCHED_BATCH", "SCHED_IDLE"):
-        raise _refused("process.scheduler.policy", f"{policy} would run it before the guest")
+        raise _refused("process.scheduler.policy", f"{policy} would give it precedence over the guest")
     if int(_object(process.get("scheduler"), "process.scheduler").get("nice") or 0) < 0:
-        raise _refused("process.scheduler.nice", "would run it before the guest")
+        raise _refused("process.scheduler.nice", "would give it precedence over the guest")
     if _object(process.get("ioPriority"), "process.ioPriority").get("class") == "IOPRIO_CLASS_RT":
-        raise _refused("process.ioPriority.class", "IOPRIO_CLASS_RT would serve it before the guest")
+        raise _refused("process.ioPriority.class", "IOPRIO_CLASS_RT would give it precedence over the guest")
     for number, one in enumerate(_list(process.get("rlimits"), "process.rlimits")):
         limit = _object(one, f"process.rlimits[{number}]")
         if limit.get("type") in ("RLIMIT_RTPRIO", "RLIMIT_NICE") and limit.get("hard"):
-            raise _refused(f"process.rlimits[{number}]", f"{limit['type']} would run it before the guest")
+            raise _refused(f"process.rlimits[{number}]", f"{limit['type']} would give it precedence over the guest")
 
 
 def _check_devices(linux: dict[str, Any]) -> None:

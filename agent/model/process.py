@@ -91,7 +91,7 @@ def kernel_drops(pid: int, number: int) -> bool:
 
 
 def _awaits_signals(pid: int) -> bool:
-    """Return whether it is in sigwait(3), meanwhile SigBlk lacks the signals that it waits for."""
+    """Return whether it is in sigwait(3): SigBlk does not show the signals that it is waiting for."""
     try:
         with open(f"/proc/{pid}/syscall", "rb") as file:  # noqa: PTH123 - a procfs file
             return file.read(MAX_STATUS).split()[:1] == [b"%d" % RT_SIGTIMEDWAIT]
@@ -123,10 +123,7 @@ async def start_process(
     bulk: Bulk,
     join: JoinFds | None,
 ) -> tuple[Process, int]:
-    """Start a process with pipes or a terminal around it, in a cgroup, and return it with its pidfd.
-
-    On failure nothing of them is left.
-    """
+    """Start a process in a cgroup, with pipes or a terminal; returns it and its pidfd.  Nothing is left on failure."""
     pipes = None if make_pipes is None else make_pipes()
     stdio = None if pipes is None else pipes.child_ends
     try:

@@ -72,7 +72,7 @@ class Sandbox:
         self._open_files = open_files
         self._pipe_size, self._bulk = pipe_size, Bulk()
         self._lock = asyncio.Lock()
-        self._forgetting = asyncio.Lock()
+        self._unregistering = asyncio.Lock()
         self._id: str | None = None
         self._shared: SharedNamespaces | None = None
         self._hooks: GuestHooks | None = None
@@ -220,7 +220,7 @@ class Sandbox:
         that to the sandbox.  On failure nothing is left and the id is free.
         """
         while container_id in self._creating:
-            await self._creating[container_id].wait()  # a caller that is told that it exists may use it
+            await self._creating[container_id].wait()  # ContainerExists means that it can be used
         if self._id is None or self._shared is None or self._ending:
             raise SandboxNotRunning
         check_id(container_id)
@@ -386,7 +386,7 @@ class Sandbox:
         except Exception as error:
             self._log("error", "a container could not be removed", container_id=container.id, error=str(error))
             raise
-        async with self._forgetting:  # another remove of it waits, then finds nothing
+        async with self._unregistering:  # another remove of it waits, then finds nothing
             if self._containers.get(container.id) is container:
                 await self._storages.unmount(self._mounts.pop(container.id, []))
                 del self._containers[container.id]

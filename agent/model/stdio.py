@@ -3,8 +3,8 @@
 The rules, each learned from a failure seen by users of container runtimes:
 * output is complete before its end is reported, and the end follows the process's own exit, whoever else (a background
   job) still holds the pipe or terminal;
-* nothing is read before somebody asks: a slow reader slows the writer, the agent buffers nothing.  Who reads in bulk
-  gets a larger pipe;
+* nothing is read before it is requested: a slow reader slows the writer, the agent buffers nothing.  A bulk reader gets
+  a larger pipe;
 * closing standard input never touches output.
 """
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 #: Maximum bytes of one read: with their framing they fit into a message (4 MiB, by gRPC's and ttrpc's limit).
 LARGEST_READ = 63 << 16
 
-#: The size that the pipe of any bulk stream may grow to: what the kernel grants every program, too.  Beside a process
-#: that moves data, a read returns no more: an echo has to wait until a piece is read and sent.
+#: The size to which the pipe of any bulk stream may grow: the kernel allows it to every program.  While another process
+#: moves data, no read returns more: an echo has to wait until a piece is read and sent.
 BULK_PIPE = 1 << 20
 
-#: The size of a large pipe, for a stream that fills that one: a call costs as much CPU time as moving half a MiB.
+#: The size of a large pipe, for a stream that fills a BULK_PIPE: a call costs as much CPU time as moving half a MiB.
 LARGE_PIPE = 1 << 22
 
 #: A reader that gets half of the default pipe size, and asks for more, gets a larger pipe.  (Not all of its bytes can

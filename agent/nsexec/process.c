@@ -362,7 +362,7 @@ static int accept_start(int gate)
 	}
 }
 
-/* Wait to be started (in a joined pid namespace, at a socket, all that is left of the host); report to the starter. */
+/* Wait to be started: at the fifo or, in a joined pid namespace, at the gate's socket.  Then report to the starter. */
 static void wait_for_start(struct context *ctx)
 {
 	struct channels *fds = &ctx->fds;

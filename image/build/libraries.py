@@ -65,10 +65,10 @@ def needs(file: Path) -> set[str]:
 
 
 def drop_unused_needs(files: Iterable[Path], place: Path) -> None:
-    """Remove libraries from objects' dynamic sections of which the object uses no symbol, as ld --as-needed would have.
+    """Remove from each object's dynamic section the libraries of which it uses no symbol, as by ld --as-needed.
 
-    The guest then neither holds nor relocates them.  ``place`` has the libraries; one that is not there is kept, and so
-    is one of which the object needs a version: ld.so looks for it among those that are needed, and gives up.
+    The guest then neither holds nor relocates them.  ``place`` has the libraries.  One that is not there is kept, and
+    so is one of which the object needs a version: ld.so fails if the library of a needed version is not loaded.
     """
     for file in files:
         used = _symbols(file, defined=False)

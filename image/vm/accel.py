@@ -92,9 +92,9 @@ def kvm_doubt(host: Host) -> str | None:
 
 
 def choose_accelerator(wanted: str, guest: str, host: Host) -> Choice:
-    """Choose: ``auto`` is $CAISSON_ACCEL, else KVM where it can work, else TCG; ``kvm`` and ``tcg`` are taken as said.
+    """Choose: ``auto`` is $CAISSON_ACCEL, else KVM if it can work, else TCG; ``kvm`` and ``tcg`` are what they say.
 
-    ``guest`` is the guest's architecture, in uname's words.  Raises VMError for another word, and for ``kvm`` where it
+    ``guest`` is the guest's architecture, by uname's name.  Raises VMError for any other word, and for ``kvm`` if it
     cannot even be tried.
     """
     wanted = _requested(wanted, "CAISSON_ACCEL")
@@ -147,10 +147,10 @@ def _docker_device(device: Path) -> str:
 
 
 def choose_vsock(wanted: str, host: Host) -> Choice:
-    """Choose: ``auto`` is $CAISSON_VSOCK, else the kernel's vhost-vsock where it can be used, else our own device; the
-    others are taken as said.
+    """Choose: ``auto`` is $CAISSON_VSOCK, else the kernel's vhost-vsock if it can be used, else our own device;
+    ``vhost`` and ``user`` are what they say.
 
-    Raises VMError for another word, and for ``vhost`` where it cannot be used.
+    Raises VMError for any other word, and for ``vhost`` if it cannot be used.
     """
     wanted = _requested(wanted, "CAISSON_VSOCK")
     if wanted not in ("auto", "vhost", "user"):

@@ -27,7 +27,7 @@ class ChildProcesses:
     """Child processes by name.  As a context manager it ends them all, last one first."""
 
     def __init__(self, log: IO[bytes], grace: float = TERM_TIMEOUT) -> None:
-        """Take the file for their stdout and stderr, and the seconds for each to end."""
+        """``log`` gets their stdout and stderr; each has ``grace`` seconds to exit."""
         self._log = log
         self._grace = grace
         self._processes: dict[str, subprocess.Popen[bytes]] = {}

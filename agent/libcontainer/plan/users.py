@@ -1,6 +1,6 @@
 """process.user.username, resolved by a container's /etc/passwd and /etc/group.
 
-As runc has it: "user" or "user:group", each a number or a name.  A number is never looked up as a name: an image with
+As in runc: "user" or "user:group", each a number or a name.  A number is never looked up as a name: an image with
 such an entry could choose its ids (containerd CVE-2024-40635, crun CVE-2026-30892).
 """
 

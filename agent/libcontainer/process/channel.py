@@ -67,7 +67,7 @@ class SetupChannel:
         self._init.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._sync = self._pair(socket.SOCK_SEQPACKET)
         self._console = self._pair(socket.SOCK_STREAM) if terminal else None
-        # Its few lines are read along with what comes on the sync socket: nobody is woken for them alone.
+        # Its few lines are read together with packets on the sync socket: they alone do not wake the caller.
         self._log_fd, log_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(log_end, True)
         self._child_ends.append(log_end)
@@ -110,13 +110,13 @@ class SetupChannel:
         self._watch_init()
 
     def _watch_init(self) -> None:
-        """Wake the caller if the init socket has something to read that it waits for, or takes what is unsent."""
+        """Wake the caller when the init socket has input that it waits for, or room for unsent messages."""
         events = self._events if self._init.fileno() in self._handlers else 0
         events |= select.EPOLLOUT if self._unsent else 0
         self._watch(self._init.fileno(), events or None)
 
     def _watch(self, fd: int, events: int | None) -> None:
-        """Wait for events on a socket, and for its end; None: for nothing."""
+        """Wait for events on a socket, and for its end; None ends that."""
         if events is None:
             if fd in self._watched:
                 self._watched.remove(fd)
@@ -172,7 +172,7 @@ class SetupChannel:
                 os.close(fd)
             if not data or self.pidfd >= 0:
                 self._handlers.pop(self._init.fileno(), None)
-                self._watch_init()  # it may not have been told everything yet
+                self._watch_init()  # there may be unsent messages
                 return
 
     def _on_announcement(self, found: dict[str, object], fds: list[int]) -> None:

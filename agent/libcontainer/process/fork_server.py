@@ -25,7 +25,7 @@ FIRST_PASSED = 6  # the number of the first descriptor after stdio, in the new p
 
 
 class ForkServer:
-    """Start the fork server with the first request, and again if it has exited."""
+    """The fork server, which is started with the first request, and again if it has exited."""
 
     def __init__(self, nsexec: Nsexec, children: Children) -> None:
         self._nsexec = nsexec

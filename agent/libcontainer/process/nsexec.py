@@ -14,8 +14,8 @@ else:  # without the enums around them
     import _signal as signal
 
 MFD_EXEC = 0x10  # Linux 6.3; before that every memfd is executable
-#: nsexec begins with none ignored.  The list includes signals that already have their default: libc would query each
-#: one first.
+#: Signals to reset: all of them, so that nsexec starts with none ignored.  For any other signal, libc would query the
+#: handler first.
 SIGNALS = tuple(signal.valid_signals())
 SEALS = 0xF  # F_SEAL_SEAL | SHRINK | GROW | WRITE, fcntl(2)
 

@@ -114,7 +114,7 @@ class BlockingClient:
         self._socket.close()
 
     def _receive_into(self, reader: frames.FrameReader) -> int:
-        """Receive once, the data of a long frame where they are to be; returns the number of bytes, 0 at the end."""
+        """Receive once, the data of a long frame into its own buffer; returns the number of bytes, 0 at the end."""
         if room := reader.room():
             count = self._socket.recv_into(room)
             reader.received(count)

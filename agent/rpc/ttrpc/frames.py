@@ -61,11 +61,11 @@ class FrameReader:
         self._input: bytes | bytearray = b""  # bytes if all frames arrived complete, so that they are copied once
         self._at = 0  # what was returned
         self._discard = 0  # remaining bytes of an oversized frame
-        self._long: Frame | None = None  # whose data are coming
-        self._came = 0  # of these
+        self._long: Frame | None = None  # an incomplete one
+        self._came = 0  # bytes of its data
 
     def feed(self, data: Buffer) -> None:
-        """Take bytes as they came."""
+        """Take input, in pieces of any size."""
         if self._discard:
             skipped = min(self._discard, len(data))
             self._discard -= skipped

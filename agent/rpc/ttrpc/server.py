@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from caisson.agent.rpc.connection import Buffer
     from caisson.agent.rpc.dispatch import Dispatch
 
-#: Seconds for more of a long frame to gather before it is received: through vsock data come by the page, and a turn of
-#: the event loop for each takes more CPU time than all else that is done with them.  Where the kernel can wait for a
-#: number of bytes it does, and nothing has to sleep.
+#: Seconds to let more of a long frame arrive before it is received: vsock delivers data by the page, and a turn of the
+#: event loop for each takes more CPU time than all the rest.  Where the kernel can wait for a number of bytes it does.
 GATHER = 0.001
 
 #: Bytes to wait for: three quarters of a vsock socket's buffer, so that the peer can send while the agent wakes up.
@@ -40,7 +39,7 @@ LOW_WATER = 3 << 16
 #: ever): "virtio/vsock: send credit update during setting SO_RCVLOWAT".
 LOW_WATER_KERNEL = (6, 8)
 
-#: Seconds after which the agent takes what came, in case a device sends nothing when little credit is left.
+#: Seconds after which the agent takes what has arrived: a device might send nothing when little credit is left.
 MAX_WAIT = 0.1
 
 
@@ -148,9 +147,9 @@ class TtrpcConnection(Connection):
 
 
 class LowWater:
-    """A socket that becomes readable only when enough bytes of a long frame have come (SO_RCVLOWAT).
+    """A socket that becomes readable only when enough bytes of a long frame have arrived (SO_RCVLOWAT).
 
-    No more than the rest of the frame are waited for, so that no peer waits for the agent meanwhile.
+    It never waits for more than the rest of the frame: the peer might be waiting for the agent then.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -160,7 +159,7 @@ class LowWater:
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, rest: int) -> None:
-        """Wait for ``rest`` bytes or, if these are many, for a large part of them."""
+        """Wait for the ``rest`` of a frame or, if that is long, for a large part of it."""
         wanted = min(rest, LOW_WATER)
         if wanted == self._bytes or not self.usable:
             return
@@ -174,7 +173,7 @@ class LowWater:
             self._timer = asyncio.get_running_loop().call_later(MAX_WAIT, self._take_what_came)
 
     def close(self) -> None:
-        """Wait for nothing any more."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
