@@ -10,6 +10,7 @@ which init has only the descriptor, and the connection carries the same data.  S
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
@@ -84,12 +85,13 @@ async def open_and_follow(path: str, pid: int, pidfd: int, waits: Waits, timeout
         is_socket = stat.S_ISSOCK(os.stat(path).st_mode)  # noqa: PTH116 - no pathlib at start
         fd = _connect(path) if is_socket else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        message = GONE if isinstance(error, ConnectionRefusedError) else STARTED
+        known = {errno.ENOENT: STARTED, errno.ECONNREFUSED: GONE}
+        message = known.get(error.errno or 0) or f"exec fifo {path}: {reason(error.errno or 0)}"
         raise LaunchError(message, step="start", path=path, errno=error.errno or 0) from error
     faults.reach("start_opened")
     try:
         if is_socket:
-            os.write(fd, b"1")
+            _ask(fd)
         await _until_end(fd, pidfd, waits, timeout)
         heard = _read(fd)
     finally:
@@ -113,9 +115,17 @@ def failure_of(heard: str) -> LaunchError:
     return LaunchError(NOT_EXECUTED if heard else GONE, step="start")
 
 
+def _ask(connection: int) -> None:
+    """Ask an init to start, if it has not died meanwhile: then the connection is at its end."""
+    try:
+        os.write(connection, b"1")
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+
+
 def _connect(path: str) -> int:
-    directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120
     try:
         connection.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")  # noqa: PTH119
         connection.setblocking(False)
