@@ -7,6 +7,7 @@ a lock on its directory.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 else:
     import _signal as signal
 
+#: Errors of pidfd_open(2) for a pid that is free, is now a thread's, or was never known (-1).
+NO_PROCESS = (errno.ESRCH, errno.ENOENT, errno.EINVAL)
 CONFIG, FILTER, GATE = "config.json", "seccomp", "exec.fifo"
 SIGKILL = 9
 KILL_TIMEOUT = 10.0  # seconds for killed processes to disappear
@@ -142,10 +145,12 @@ class Container:
         return False
 
     def pidfd(self) -> int:
-        """Open a pidfd of its init process.  Raises ContainerError if it has exited."""
+        """Open a pidfd of its init process.  Raises ContainerError if it has exited, and OSError."""
         try:
             pidfd = os.pidfd_open(self.state.init_process_pid)
-        except (ProcessLookupError, ValueError, OSError):
+        except OSError as error:
+            if error.errno not in NO_PROCESS:
+                raise
             raise ContainerError("container not running") from None
         if self.stat() is None:  # checked after opening: the pid had not been reused by then
             os.close(pidfd)

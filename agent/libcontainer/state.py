@@ -143,11 +143,11 @@ class ProcessStat(Record):
 
     @classmethod
     def read(cls, pid: int) -> ProcessStat | None:
-        """Read a process's state; None if there is no such process."""
+        """Read a process's state; None if there is none, or only another user's (hidepid, proc(5)).  Raises OSError."""
         try:
             with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - a procfs file
                 fields = file.read().rpartition(b")")[2].split()
-        except OSError:
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
             return None
         return cls(int(fields[START_TIME]), fields[0].decode(), not int(fields[FLAGS]) & PF_FORKNOEXEC)
 

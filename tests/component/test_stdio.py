@@ -7,13 +7,11 @@ import contextlib
 import errno
 import fcntl
 import os
-import resource
 import signal
 import struct
 import subprocess
 import termios
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -25,6 +23,7 @@ from caisson.agent.model.process import start_process
 from caisson.agent.model.reaper import Child
 from caisson.agent.model.stdio import BULK_PIPE, LARGEST_READ, Input, Output, Streams
 from tests.component.stream_support import bytes_in, no_descriptor_is_left, pending, read_all, running_child
+from tests.support.descriptors import no_descriptor_is_free
 
 PIPE = 65536
 
@@ -279,22 +278,6 @@ async def test_a_terminals_size() -> None:
     streams.resize(1, 1)  # too late, but not an error
     streams.close()
     os.close(slave)
-
-
-@contextlib.contextmanager
-def no_descriptor_is_free() -> Iterator[None]:
-    limits, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
-    last = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
-    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, limits[1]))
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.dup(0))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        for fd in taken:
-            os.close(fd)
 
 
 @pytest.fixture

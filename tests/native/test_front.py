@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.native.oci_support import OURS, Oci, Result, become_subreaper, bundle, edit, reaping
-from tests.support.opens import watch_opens
+from tests.support.descriptors import watch_opens
 
 pytestmark = pytest.mark.root
 NAME = f"front-{os.getpid()}"

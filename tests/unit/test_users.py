@@ -11,7 +11,7 @@ from caisson.agent.libcontainer.config.process import Process, User
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.plan.user_files import FILE_MAX, UserFiles
 from caisson.agent.libcontainer.plan.users import look_up, look_up_at_once, needs_files, resolve
-from tests.support.opens import watch_opens
+from tests.support.descriptors import watch_opens
 
 PASSWD = """root:x:0:0:root:/root:/bin/sh
 app:x:1000:100:An app:/srv/app:/bin/sh

@@ -1,11 +1,12 @@
-"""Watch files for being opened."""
+"""Watch files for being opened, and leave no descriptor to open any."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 IN_OPEN = 0x20
@@ -31,3 +32,21 @@ def watch_opens(path: Path) -> Iterator[Callable[[], bool]]:
         yield was_opened
     finally:
         os.close(fd)
+
+
+@contextmanager
+def no_descriptor_is_free() -> Iterator[None]:
+    """Make everything that needs a descriptor fail with EMFILE."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in taken:
+            os.close(fd)
