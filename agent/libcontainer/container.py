@@ -251,7 +251,11 @@ class Container:
             raise ContainerError("cannot start a container in the paused state")
         if status != CREATED:
             raise ContainerError("cannot start an already running container")
-        await self.runtime.launcher().start(self.gate, self.state.init_process_pid, self.spec.hooks)
+        pidfd = self.pidfd()
+        try:
+            await self.runtime.launcher().start(self.gate, self.state.init_process_pid, pidfd, self.spec.hooks)
+        finally:
+            os.close(pidfd)
         try:
             await self.run_hooks("poststart", self.spec.hooks.poststart, RUNNING)
         except LaunchError:

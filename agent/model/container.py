@@ -29,6 +29,7 @@ from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.launch import Launch
 from caisson.agent.libcontainer.state import CREATED, PAUSED, RUNNING, STOPPED, ProcessStat, State, check_id
+from caisson.agent.libcontainer.waits import Deadline
 from caisson.agent.model.oom import OomWatcher
 from caisson.agent.model.pipes import Pipes
 from caisson.agent.model.process import Process, kernel_drops, start_process
@@ -184,7 +185,7 @@ class Container:
             if self.status != CREATED:
                 raise NotCreated(container_id=self.id, status=self.status)
             assert self._init is not None
-            await self._launcher.start(self._gate, self._init.child.pid, self.spec.hooks, self._pidfd)
+            await self._launcher.start(self._gate, self._init.child.pid, self._pidfd, self.spec.hooks)
             if self.spec.hooks.poststart and not self._ending:
                 hooks = self._run_hooks("poststart", self.spec.hooks.poststart, RUNNING, self._init.child.pid)
                 self._poststart = asyncio.ensure_future(hooks)
@@ -406,10 +407,10 @@ class Container:
         """Wait for killed processes that are no children of the agent; in its own pid namespace the kernel does
         that.
         """
-        pause = 0.001
-        while await self.reads(cgroup.pids) and pause < EMPTY_TIMEOUT:
+        deadline, pause = Deadline(EMPTY_TIMEOUT), 0.001
+        while await self.reads(cgroup.pids) and deadline.left:
             await asyncio.sleep(pause)
-            pause *= 2
+            pause = min(pause * 2, 0.05)
 
     async def _init_exited(self) -> None:
         """Kill what outlives init in a shared pid namespace; in its own the kernel does that."""

@@ -148,8 +148,10 @@ static bool wait_hook(struct hook_run *run, int pidfd, int input, int output, co
 		if (polled[2].revents != 0) {
 			ssize_t taken = write(input, state, size);
 
-			if (taken > 0)
-				state += taken, size -= (size_t)taken;
+			if (taken > 0) {
+				state += taken;
+				size -= (size_t)taken;
+			}
 			if (size == 0 || (taken < 0 && errno != EAGAIN && errno != EINTR)) {
 				close(input);
 				input = -1;

@@ -14,6 +14,7 @@
 #include "nsexec.h"
 
 #define RACES 64     /* openat2 fails with EAGAIN while a concurrent rename makes ".." unsafe to resolve */
+#define LINK (-2)    /* instead of a descriptor: a dangling link was replaced in the path */
 #define LINKS_MAX 40 /* followed in one path, as in the kernel (path_resolution(7)) */
 
 /* Open `path` as the container would see it.  Return -1 and set errno on error. */
@@ -69,7 +70,6 @@ static bool follow_link(int dir, const char *name, char path[PATH_MAX], size_t p
  * Walk down `path` once, creating missing directories.  Return the directory, -1 with errno set, or LINK if a dangling
  * link was replaced in `path`.
  */
-#define LINK (-2)
 static int walk_and_make(int root, char path[PATH_MAX], unsigned mode)
 {
 	char prefix[PATH_MAX], name[NAME_MAX + 1];

@@ -118,7 +118,7 @@ class Ours:
 
     async def _run(self, config: dict[str, Any]) -> tuple[Child, int]:
         child, pidfd = await self._create(config)
-        await self._launcher.start(str(self._gate), child.pid, Hooks(), pidfd)
+        await self._launcher.start(str(self._gate), child.pid, pidfd, Hooks())
         return child, pidfd
 
     async def _exec(self) -> None:

@@ -189,7 +189,7 @@ class Box:
     async def start(self, launched: Launched) -> None:
         """Start a created container."""
         spec, _, _ = self.specs[launched.child.pid]
-        await self.launcher.start(str(self.fifo), launched.child.pid, spec.hooks, launched.pidfd)
+        await self.launcher.start(str(self.fifo), launched.child.pid, launched.pidfd, spec.hooks)
 
     async def launch_exec(
         self, process: Process, init: Launched, spec: Spec, stdio: Stdio | None, cgroup: Any = None

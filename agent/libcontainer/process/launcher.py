@@ -202,26 +202,22 @@ class ProcessLauncher:
                 f"process.user: the container's /etc/passwd was not read within {self._timeout:g} s", step="user"
             ) from None
 
-    async def start(self, start_gate: str, pid: int, hooks: Hooks, pidfd: int = -1) -> None:
-        """Let a created init execute its program, and return once it has.
+    async def start(self, start_gate: str, pid: int, pidfd: int, hooks: Hooks) -> None:
+        """Let a created init, by its pid and pidfd, execute its program, and return once it has.
 
         Raises LaunchError if the init has exited, was already started, or its program cannot be executed; an init that
         takes too long, not counting its startContainer hooks, is killed.
         """
-        opened = os.pidfd_open(pid) if pidfd < 0 else -1
         timeout: float | None = self._timeout
         if hooks.start_container:
             from caisson.agent.libcontainer.process.hooks import total_timeout
 
             timeout = with_hooks(timeout, total_timeout(hooks.start_container))
         try:
-            await gate.open_and_follow(start_gate, pid, max(pidfd, opened), self._waits, timeout)
+            await gate.open_and_follow(start_gate, pid, pidfd, self._waits, timeout)
         except TimeoutError:
-            kill(max(pidfd, opened))
+            kill(pidfd)
             raise too_late(timeout) from None
-        finally:
-            if opened >= 0:
-                os.close(opened)
 
     @property
     def hooks(self) -> HookRunner:

@@ -149,8 +149,11 @@ static int run(const char *self, const struct call *call)
 	while (strcmp(command->name, call->rest[0]) != 0)
 		if (++command == COMMANDS + ARRAY_SIZE(COMMANDS))
 			return HAND_OVER;
-	if (words[0] != NULL && (strcmp(words[0], command->option) == 0 || strcmp(words[0], command->long_option) == 0))
-		request.option = true, words++;
+	if (words[0] != NULL &&
+	    (strcmp(words[0], command->option) == 0 || strcmp(words[0], command->long_option) == 0)) {
+		request.option = true;
+		words++;
+	}
 	if (words[0] == NULL || !is_id(words[0]) || count_of(words + 1) < command->least ||
 	    count_of(words + 1) > command->most || (command->cgroup_by_path && call->systemd_cgroup) ||
 	    !is_plain_environment() || !load_container(call->root, words[0], &container) || !open_log(call->log))
