@@ -26,7 +26,7 @@ TIMEOUT = 60.0
 #: The container and its places in the guest.
 ID = "warm-up"
 SHM = "/run/kata-containers/sandbox/shm"
-ROOT = f"/run/kata-containers/{ID}/rootfs"
+ROOT = f"/run/kata-containers/{ID}"
 
 CAPABILITIES = ("CAP_CHOWN", "CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_SETUID")
 NAMESPACES = ("mount", "uts", "ipc", "cgroup")
