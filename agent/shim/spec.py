@@ -6,6 +6,7 @@ Source: OCI runtime specification 1.2, config.md and config-linux.md.
 from __future__ import annotations
 
 import copy
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ HOST_PROCESS_FIELDS = ("apparmorProfile", "selinuxLabel")
 
 #: Options of a bind mount that receives later mounts.
 PROPAGATED = {"shared", "rshared", "slave", "rslave"}
+
+#: Devices that are the same in every kernel (Documentation/admin-guide/devices.txt): a guest has its own.  Files are
+#: commonly masked with /dev/null.
+COMMON_DEVICES = {
+    os.makedev(1, minor): f"/dev/{name}"
+    for minor, name in ((3, "null"), (5, "zero"), (7, "full"), (8, "random"), (9, "urandom"))
+}
 
 #: Namespaces of a container's own; the agent decides about pid.
 OWN_NAMESPACES = ("mount", "ipc", "uts", "cgroup")
@@ -82,9 +90,13 @@ def _mounts(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> 
     if destination == "/dev/shm":
         return [{**mount, "source": GUEST_SHM}]
     try:
-        mode = Path(source).stat().st_mode
+        status = Path(source).stat()
     except OSError as error:
         raise UnsupportedSpec(f"mounts: {source}: {(error.strerror or '').lower()}") from error
+    mode = status.st_mode
+    kept = [option for option in options if option not in PROPAGATED]
+    if stat.S_ISCHR(mode) and status.st_rdev in COMMON_DEVICES:
+        return [{**mount, "source": COMMON_DEVICES[status.st_rdev], "options": kept}]
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
         kind = "socket" if stat.S_ISSOCK(mode) else "device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else "FIFO"
         raise UnsupportedSpec(f"mounts: {source}: a {kind} of the host cannot be shared with a guest")
@@ -93,7 +105,6 @@ def _mounts(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> 
     apart = "rbind" in options and bool({"ro", "rro"} & set(options)) and not PROPAGATED & set(options)
     volume = Volume(source, f"volume{len(volumes)}", "rbind" in options and not apart, destination)
     volumes.append(volume)
-    kept = [option for option in options if option not in PROPAGATED]
     made = [{**mount, "type": "bind", "source": f"{GUEST_SHARED}/{container_id}/{volume.name}", "options": kept}]
     for below in _submounts(source) if apart else ():
         again = ["bind", *(option for option in kept if option not in ("rbind", "ro"))]

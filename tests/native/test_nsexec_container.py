@@ -159,6 +159,16 @@ def test_devices_and_links(box: Box) -> None:
     ]  # fmt: skip
 
 
+def test_a_mount_takes_the_place_of_a_device(box: Box) -> None:
+    value = config()
+    value["mounts"] += [
+        {"destination": "/dev/random", "type": "bind", "source": "/dev/urandom", "options": ["bind"]},
+        {"destination": "/dev/full", "type": "tmpfs", "source": "tmpfs"},
+    ]
+    out = box.sh("stat -c '%F %t:%T' /dev/random /dev/full; grep -c ' /dev/full tmpfs' /proc/mounts", value)
+    assert out.splitlines() == ["character special file 1:9", "directory 0:0", "1"]
+
+
 def test_null_stdio_is_the_containers_own(box: Box) -> None:
     value = config("sh", "-c", "[ $(stat -L -c %d /proc/self/fd/0) = $(stat -c %d /dev/null) ]")
 

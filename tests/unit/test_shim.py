@@ -180,6 +180,15 @@ def test_what_no_guest_has_is_refused_by_name(change: dict[str, Any], field: str
         guest_spec(spec(**change), "c1")
 
 
+def test_devices_that_every_kernel_has_are_the_guests_own() -> None:
+    bind = {"type": "bind", "destination": "/etc/masked", "options": ["rbind", "ro", "rprivate", "rslave"]}
+    made = guest_spec(spec() | {"mounts": [{**bind, "source": "/dev/null"}]}, "c1")
+    assert not made.volumes
+    assert made.document["mounts"] == [{**bind, "source": "/dev/null", "options": ["rbind", "ro", "rprivate"]}]
+    with pytest.raises(UnsupportedSpec, match="a device of the host cannot be shared"):
+        guest_spec(spec() | {"mounts": [{**bind, "source": "/dev/tty"}]}, "c1")
+
+
 def test_a_socket_of_the_host_is_no_volume(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "docker.sock"))

@@ -274,8 +274,9 @@ class FileSystem:
         devices = {device.path: device for device in DEFAULT_DEVICES}
         devices |= {absolute(device.path, "linux.devices"): device for device in self._spec.linux.devices}
         devices.pop("/dev/ptmx", None)  # created as a link below
+        mounted = {mount.target for mount in self.mounts}  # as with runc, in place of the device
         for path, device in devices.items():
-            if self._dev_is_bound and path.startswith("/dev/"):
+            if path in mounted or (self._dev_is_bound and path.startswith("/dev/")):
                 continue
             mode = FILE_TYPES[device.type] | device.file_mode
             numbers = (device.major, device.minor, device.uid, device.gid, self._binds_devices)
