@@ -20,7 +20,7 @@ from spdx_tools.spdx.parser.jsonlikedict.json_like_dict_parser import JsonLikeDi
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
 from caisson import image
-from caisson.agent.libcontainer.process.seccomp_bpf import LIBRARY
+from caisson.agent.libcontainer.process.libseccomp import LIBRARY
 from caisson.image.build.builder import Build
 from caisson.image.build.cache import Cache, default_root
 from caisson.image.build.definition import load

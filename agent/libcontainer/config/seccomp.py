@@ -30,16 +30,16 @@ ACTIONS = {
 EPERM = 1
 
 #: Comparisons by name: libseccomp's enum scmp_compare.
+NE, LT, LE, EQ, GE, GT, MASKED_EQ = range(1, 8)
 COMPARISONS = {
-    "SCMP_CMP_NE": 1,
-    "SCMP_CMP_LT": 2,
-    "SCMP_CMP_LE": 3,
-    "SCMP_CMP_EQ": 4,
-    "SCMP_CMP_GE": 5,
-    "SCMP_CMP_GT": 6,
-    "SCMP_CMP_MASKED_EQ": 7,
+    "SCMP_CMP_NE": NE,
+    "SCMP_CMP_LT": LT,
+    "SCMP_CMP_LE": LE,
+    "SCMP_CMP_EQ": EQ,
+    "SCMP_CMP_GE": GE,
+    "SCMP_CMP_GT": GT,
+    "SCMP_CMP_MASKED_EQ": MASKED_EQ,
 }
-MASKED_EQ = COMPARISONS["SCMP_CMP_MASKED_EQ"]
 
 #: seccomp(2)
 SPEC_ALLOW, NEW_LISTENER, WAIT_KILLABLE_RECV = 4, 8, 32
@@ -78,6 +78,16 @@ class Rule(Record):
     names: tuple[str, ...]
     action: int
     conditions: tuple[Condition, ...] = ()
+
+    @property
+    def alternatives(self) -> tuple[tuple[Condition, ...], ...]:
+        """The conditions of which all have to hold, in one of these groups.
+
+        An argument has one condition, as libseccomp demands it; with several, any condition suffices, as in runc.
+        """
+        if len({one.index for one in self.conditions}) == len(self.conditions):
+            return (self.conditions,)
+        return tuple((one,) for one in self.conditions)
 
 
 class Seccomp(Record):

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.process.listener import Listener
     from caisson.agent.libcontainer.process.net_devices import NetDevice
     from caisson.agent.libcontainer.process.nsexec import Nsexec
-    from caisson.agent.libcontainer.process.seccomp_bpf import Filters
     from caisson.agent.libcontainer.waits import Waits
 
     Log = Callable[..., None]
@@ -59,17 +58,14 @@ class ProcessLauncher:
         self._waits = waits
         self._log = log
         self._timeout = timeout
-        self._filters: Filters | None = None
 
-    async def filter(self, profile: Seccomp | None) -> bytes:
+    def filter(self, profile: Seccomp | None) -> bytes:
         """Compile a seccomp filter; empty without a profile.  Raises SpecError."""
         if profile is None:
             return b""
-        from caisson.agent.libcontainer.process.seccomp_bpf import Filters  # late: few processes have one
+        from caisson.agent.libcontainer.process.seccomp_bpf import program  # late: few processes have one
 
-        if self._filters is None:
-            self._filters = Filters(self._waits)
-        return await self._filters.program(profile)
+        return program(profile)
 
     async def create(
         self,

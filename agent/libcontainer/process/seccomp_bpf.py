@@ -1,199 +1,301 @@
-"""Compile seccomp profiles into BPF programs, by libseccomp.
+"""Compile seccomp profiles into BPF programs.
 
-libseccomp is loaded with the first profile.  What it cannot express is prepended to its program: system calls newer
-than any the profile knows get ENOSYS, not the profile's default action.  A C library that tries a new call first takes
-ENOSYS for "use the old one", and EPERM for a failure.
+libseccomp has the tables: architectures, and the numbers of their system calls.  A program finds the architecture,
+then by binary search the range of numbers with one outcome, and compares arguments where rules have conditions.
+libseccomp's own compiler takes many times as long, and its programs are several times as large; it is left for
+profiles whose meaning only it can tell (LibraryNeeded).
+Where several rules without equality match, it is also right more often: libseccomp compares one argument with another
+one's value, or forgets alternatives.
+
+One outcome libseccomp does not have: system calls newer than any that the profile knows get ENOSYS, not the profile's
+default action.  A C library that tries a new call first takes ENOSYS for "use the old one", and EPERM for a failure.
 """
 
 from __future__ import annotations
 
-import os
+import operator
+from functools import lru_cache
+from itertools import combinations
 from struct import pack
 
-from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.config.seccomp import ALLOW, ERRNO, LOG, MASKED_EQ, Rule, Seccomp
+from caisson.agent.libcontainer.config.reader import U32_MAX, U64_MAX, SpecError
+from caisson.agent.libcontainer.config.seccomp import (
+    ALLOW,
+    EQ,
+    ERRNO,
+    GE,
+    GT,
+    KILL_THREAD,
+    LE,
+    LOG,
+    LT,
+    MASKED_EQ,
+    NE,
+    Condition,
+)  # fmt: skip
+from caisson.agent.libcontainer.process.bpf import AT_LEAST, END, EQUAL, GREATER, Assembler
+from caisson.agent.libcontainer.process.libseccomp import Libseccomp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import ctypes
+    from collections.abc import Iterator, Mapping
 
-    from caisson.agent.libcontainer.waits import Waits
+    from caisson.agent.libcontainer.config.seccomp import Seccomp
 
-LIBRARY = "libseccomp.so.2"
+    #: An action, and conditions that all have to hold; their masks are the bits of the arguments that count.
+    Alternative = tuple[int, tuple[Condition, ...]]
+    #: An action or PASS; or alternatives, the first of which decides, or else the profile's default action.
+    Outcome = int | tuple[Alternative, ...]
+    #: The first number of a range, which ends where the next one begins, and the outcome of all.
+    Range = tuple[int, Outcome]
+    #: Numbers of system calls by name, by architecture.
+    Known = Mapping[int, Mapping[str, int]]
+
 MAX_PROGRAMS = 32
 ENOSYS = 38
 INSTRUCTIONS_MAX = 4096  # BPF_MAXINSNS
 
-#: With more rules than this a binary tree is searched instead of a list (seccomp_attr_set(3)).
-TREE_FROM, OPTIMIZE, TREE = 32, 8, 2
+#: Where seccomp_data has the number, the architecture and the arguments.
+NUMBER_AT, ARCHITECTURE_AT, ARGUMENTS_AT = 0, 4, 16
 
-#: Classic BPF (include/uapi/linux/bpf_common.h), and where seccomp_data has number and architecture.
-LOAD, JUMP, JUMP_EQUAL, JUMP_GREATER, JUMP_AT_LEAST, RETURN = 0x20, 0x05, 0x15, 0x25, 0x35, 0x06
-NUMBER_AT, ARCHITECTURE_AT = 0, 4
+#: No action: the program that follows decides.
+PASS = -1
 
-X86_64, X32 = 0xC000003E, 0x4000003E
+#: For architectures that a profile does not name, as by libseccomp.
+FOREIGN = KILL_THREAD
+
+#: The architectures that programs are made for here, all little-endian, with the bits of their arguments.
+X86, X86_64, X32, ARM, AARCH64 = 0x40000003, 0xC000003E, 0x4000003E, 0x40000028, 0xC00000B7
+ARGUMENTS = {X86: U32_MAX, X86_64: U64_MAX, X32: U32_MAX, ARM: U32_MAX, AARCH64: U64_MAX}
+
+#: x32 is a part of x86_64 to the kernel, with this bit in its numbers.
 X32_BIT = 0x40000000
 
+#: The number by which a tracer skips a system call (seccomp(2)).
+SKIPPED = U32_MAX
 
-class Filters:
-    """Compile profiles, and cache the latest programs: compiling takes up to 20 ms, and containers share profiles."""
+#: x86's calls that stand for several, which the first argument tells apart.
+SOCKETCALL, IPC = 102, 117
 
-    def __init__(self, waits: Waits) -> None:
-        self._waits = waits
-        self._kept: dict[Seccomp, bytes] = {}
+#: Numbers of their own that Linux later gave to the calls behind those.
+DIRECT = {
+    name: first + index
+    for first, names in (
+        (337, "recvmmsg"),
+        (345, "sendmmsg"),
+        (359, "socket socketpair bind connect listen accept4 getsockopt setsockopt getsockname getpeername sendto"),
+        (370, "sendmsg recvfrom recvmsg shutdown"),
+        (393, "semget semctl shmget shmctl shmat shmdt msgget msgsnd msgrcv msgctl"),
+    )
+    for index, name in enumerate(names.split())
+}
 
-    async def program(self, profile: Seccomp) -> bytes:
-        """Return the filter's flags (32 bits) and instructions.  Raises SpecError.
-
-        Compiled in a thread, so that other work continues.
-        """
-        found = self._kept.pop(profile, None)
-        if found is None:
-            found = await self._waits.work(lambda: _program(profile))
-            if len(self._kept) >= MAX_PROGRAMS:
-                del self._kept[next(iter(self._kept))]
-        self._kept[profile] = found  # to the end: the oldest are evicted first
-        return found
+HOLDS = {NE: operator.ne, LT: operator.lt, LE: operator.le, EQ: operator.eq, GE: operator.ge, GT: operator.gt}
 
 
-def _program(profile: Seccomp) -> bytes:
-    compiled = _Library().compile(profile)
-    if len(compiled) > INSTRUCTIONS_MAX * 8:
-        raise SpecError(
-            "linux.seccomp", f"makes {len(compiled) // 8} instructions; the kernel accepts at most {INSTRUCTIONS_MAX}"
-        )
+class LibraryNeeded(Exception):
+    """Only libseccomp can tell what the profile means: two rules match the same call and differ in their actions; or
+    one of its architectures is not in ARGUMENTS.
+    """
+
+
+@lru_cache(MAX_PROGRAMS)
+def program(profile: Seccomp) -> bytes:
+    """Return the filter's flags (32 bits) and instructions.  Raises SpecError."""
+    library = Libseccomp()
+    names = {name for rule in profile.rules for name in rule.names}
+    known = {token: library.numbers(token, names) for token in library.architectures(profile)}
+    try:
+        compiled = compile_profile(profile, known)
+    except LibraryNeeded:
+        compiled = only_newer(profile, known) + library.compile(profile, known)
+    count = len(compiled) // 8
+    if count > INSTRUCTIONS_MAX:
+        raise SpecError("linux.seccomp", f"makes {count} instructions; the kernel accepts at most {INSTRUCTIONS_MAX}")
     return pack("=I", profile.flags) + compiled
 
 
-class _Library:
-    """The parts of libseccomp that are needed.  https://github.com/seccomp/libseccomp, seccomp.h"""
+def compile_profile(profile: Seccomp, known: Known) -> bytes:
+    """Compile a profile into instructions.  Raises LibraryNeeded."""
+    if not known.keys() <= ARGUMENTS.keys() or (X32 in known and X86_64 not in known):
+        raise LibraryNeeded
+    tables = {token: _outcomes(profile, token, numbers) for token, numbers in known.items()}
+    return _assemble(_ranges(profile, known, tables, profile.default, FOREIGN), profile.default, FOREIGN)
 
-    def __init__(self) -> None:
-        import ctypes
 
-        try:
-            library = ctypes.CDLL(LIBRARY)
-        except OSError as error:
-            raise SpecError("linux.seccomp", f"needs {LIBRARY} (Debian: libseccomp2): {error}") from None
+def only_newer(profile: Seccomp, known: Known) -> bytes:
+    """Return the instructions for ENOSYS, to be followed by a program that decides about all other calls."""
+    return _assemble(_ranges(profile, known, {token: {} for token in known}, PASS, PASS), PASS, PASS)
 
-        class Comparison(ctypes.Structure):
-            _fields_ = (
-                ("arg", ctypes.c_uint),
-                ("op", ctypes.c_int),
-                ("datum_a", ctypes.c_uint64),
-                ("datum_b", ctypes.c_uint64),
-            )
 
-        library.seccomp_init.restype = ctypes.c_void_p
-        library.seccomp_arch_native.restype = ctypes.c_uint32
-        library.seccomp_arch_resolve_name.restype = ctypes.c_uint32
-        self._ctypes = ctypes
-        self._comparison = Comparison
-        self._library = library
+def _outcomes(profile: Seccomp, token: int, numbers: Mapping[str, int]) -> dict[int, Outcome]:
+    """Return the outcomes of an architecture's numbers that rules are about.
 
-    def compile(self, profile: Seccomp) -> bytes:
-        """Compile a profile into instructions.  Raises SpecError."""
-        context = self._library.seccomp_init(self._ctypes.c_uint32(profile.default))
-        if not context:
-            raise SpecError("linux.seccomp.defaultAction", "is not one that libseccomp accepts")
-        filter_ = self._ctypes.c_void_p(context)
-        try:
-            architectures = self._architectures(filter_, profile)
-            if sum(len(rule.names) for rule in profile.rules) > TREE_FROM:
-                tree = self._ctypes.c_uint32(TREE)
-                _check(self._library.seccomp_attr_set(filter_, OPTIMIZE, tree), "linux.seccomp")
-            for index, rule in enumerate(profile.rules):
-                if rule.action != profile.default:
-                    self._add(filter_, rule, f"linux.seccomp.syscalls[{index}]")
-            return self._newer(profile, architectures) + self._export(filter_)
-        finally:
-            self._library.seccomp_release(filter_)
+    The first rule without conditions overrides all others about a number, also earlier ones, as in libseccomp.
+    """
+    decided: dict[int, Outcome] = {}
+    found: dict[int, list[Alternative]] = {}
 
-    def _architectures(self, filter_: ctypes.c_void_p, profile: Seccomp) -> list[int]:
-        found = [int(self._library.seccomp_arch_native())]
-        for index, name in enumerate(profile.architectures):
-            where = f"linux.seccomp.architectures[{index}]"
-            token = int(self._library.seccomp_arch_resolve_name(name.removeprefix("SCMP_ARCH_").lower().encode()))
-            if not token:
-                raise SpecError(where, f"{name} is not known to this machine's libseccomp")
-            if token not in found:
-                _check(self._library.seccomp_arch_add(filter_, self._ctypes.c_uint32(token)), where)
-                found.append(token)
+    def add(number: int, action: int, conditions: tuple[Condition, ...]) -> None:
+        if conditions:
+            found.setdefault(number, []).append((action, conditions))
+        else:
+            decided.setdefault(number, action)
+
+    for rule in profile.rules:
+        for conditions in rule.alternatives if rule.action != profile.default else ():
+            effective = _effective(conditions, token)
+            for name in rule.names:
+                number = numbers[name]
+                if number >= 0:
+                    add(number, rule.action, effective)
+                elif token == X86:
+                    for behind, compared in _multiplexed(name, number, effective):
+                        add(behind, rule.action, compared)
+    return {number: _either(alternatives) for number, alternatives in found.items() if number not in decided} | decided
+
+
+def _multiplexed(
+    name: str, number: int, conditions: tuple[Condition, ...]
+) -> Iterator[tuple[int, tuple[Condition, ...]]]:
+    """Return the numbers of a call that x86 has behind another, by libseccomp's negative number for it.
+
+    Its arguments are in memory then, out of a filter's reach.  As in libseccomp, conditions are compared regardless,
+    but for those on the argument that says which call it is.
+    """
+    for multiplexer, base in ((SOCKETCALL, -100), (IPC, -200)):
+        if base - 24 <= number < base:
+            which = Condition(0, EQ, base - number, U32_MAX)
+            yield multiplexer, (which, *(one for one in conditions if one.index != 0))
+            if name in DIRECT:
+                yield DIRECT[name], conditions
+
+
+def _effective(conditions: tuple[Condition, ...], token: int) -> tuple[Condition, ...]:
+    """Return the conditions with masks, in an architecture's width; those that always hold are left out."""
+    found = []
+    for one in conditions:
+        mask = ARGUMENTS[token] & (one.mask if one.comparison == MASKED_EQ else U64_MAX)
+        if mask:
+            found.append(Condition(one.index, one.comparison, one.value & mask, mask))
+    return tuple(found)
+
+
+def _either(alternatives: list[Alternative]) -> Outcome:
+    """Return alternatives as an outcome, if their order does not matter.  Raises LibraryNeeded."""
+    for (action, one), (other_action, other) in combinations(alternatives, 2):
+        if action != other_action and not _exclude_each_other(one, other):
+            raise LibraryNeeded
+    return tuple(dict.fromkeys(alternatives))
+
+
+def _exclude_each_other(one: tuple[Condition, ...], other: tuple[Condition, ...]) -> bool:
+    """Return whether no call can match both; False if in doubt."""
+    return any(
+        first.index == second.index and (_excludes(first, second) or _excludes(second, first))
+        for first in one
+        for second in other
+    )
+
+
+def _excludes(one: Condition, other: Condition) -> bool:
+    if one.comparison != EQ:
+        return False
+    if other.comparison == MASKED_EQ:
+        return one.value & other.mask != other.value
+    return not HOLDS[other.comparison](one.value, other.value)
+
+
+def _ranges(
+    profile: Seccomp, known: Known, tables: Mapping[int, Mapping[int, Outcome]], default: int, foreign: int
+) -> dict[int, list[Range]]:
+    """Return the ranges of numbers with one outcome, by architecture as the kernel has it.
+
+    `default` is for numbers without a rule, `foreign` for x32's if x32 is foreign.
+    """
+
+    def ranges(token: int, first: int) -> list[Range]:
+        outcomes = sorted(tables[token].items(), key=operator.itemgetter(0))
+        last = max([-1, *known[token].values(), *tables[token]])
+        newer = last >= first and profile.default not in (ALLOW, LOG, ERRNO | ENOSYS)
+        if newer:
+            outcomes.append((last + 1, ERRNO | ENOSYS))
+        found: list[Range] = []
+        current: Outcome | None = None
+        after = first
+        for number, outcome in outcomes:
+            if number > after and current != default:
+                found.append((after, default))
+                current = default
+            if outcome != current:
+                found.append((number, outcome))
+                current = outcome
+            after = number + 1
+        if not newer and current != default:
+            found.append((after, default))
         return found
 
-    def _add(self, filter_: ctypes.c_void_p, rule: Rule, where: str) -> None:
-        conditions = []
-        for one in rule.conditions:
-            data = (one.mask, one.value) if one.comparison == MASKED_EQ else (one.value, 0)
-            conditions.append(self._comparison(one.index, one.comparison, *data))
-        # libseccomp accepts one condition per argument; several become alternatives, each its own rule, as in runc.
-        several = len({one.index for one in rule.conditions}) != len(conditions)
-        groups = [[one] for one in conditions] if several else [conditions]
-        for name in rule.names:
-            number = self._library.seccomp_syscall_resolve_name(name.encode())
-            if number == -1:  # unknown to this library: no rule can match it
-                continue
-            for group in groups:
-                array = (self._comparison * len(group))(*group)
-                count, action = self._ctypes.c_uint(len(group)), self._ctypes.c_uint32(rule.action)
-                result = self._library.seccomp_rule_add_array(filter_, action, number, count, array)
-                _check(result, f"{where}: {name}")
-
-    def _export(self, filter_: ctypes.c_void_p) -> bytes:
-        fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
-        try:
-            _check(self._library.seccomp_export_bpf(filter_, fd), "linux.seccomp")
-            return os.pread(fd, 8 * INSTRUCTIONS_MAX + 8, 0)
-        finally:
-            os.close(fd)
-
-    def _newer(self, profile: Seccomp, architectures: list[int]) -> bytes:
-        """Encode ENOSYS for numbers above the last one that the profile knows."""
-        if profile.default in (ALLOW, LOG, ERRNO | ENOSYS):
-            return b""
-        last = {token: self._last(profile, token) for token in architectures}
-        blocks = [
-            _block(token, number, last.get(X32, -1))
-            for token, number in last.items()
-            if token != X32 and number >= 0  # x32 is a part of x86_64 to the kernel
-        ]
-        program = _instruction(LOAD, ARCHITECTURE_AT)
-        for index, block in enumerate(blocks):
-            rest = sum(len(one) for one in blocks[index + 1 :]) // 8
-            program += block + _instruction(JUMP, rest + (len(blocks) - index - 1) * 2 + 1) + _enosys()
-        return program if blocks else b""
-
-    def _last(self, profile: Seccomp, architecture: int) -> int:
-        """Return the highest system call number in the profile, on an architecture; -1 if there is none."""
-        resolve = self._library.seccomp_syscall_resolve_name_arch
-        token = self._ctypes.c_uint32(architecture)
-        return max((resolve(token, name.encode()) for rule in profile.rules for name in rule.names), default=-1)
+    every = {token: ranges(token, 0) for token in known if token != X32}
+    if X86_64 in known:
+        every[X86_64] += ranges(X32, X32_BIT) if X32 in known else [(X32_BIT, foreign), (SKIPPED, default)]
+    return every
 
 
-def _check(result: int, where: str) -> None:
-    if result < 0:
-        raise SpecError(where, f"libseccomp refuses it: {os.strerror(-result).lower()}")
+def _assemble(ranges: dict[int, list[Range]], default: int, foreign: int) -> bytes:
+    """Return a program; `default` is for calls that match no alternative, `foreign` for other architectures."""
+    assembler = Assembler()
+    places: dict[Outcome, int] = {PASS: END}
+
+    def place(outcome: Outcome) -> int:
+        if outcome not in places:
+            if isinstance(outcome, int):
+                places[outcome] = assembler.value(outcome)
+            else:
+                places[outcome] = _alternatives(assembler, outcome, place(default))
+        return places[outcome]
+
+    def search(ranges: list[Range]) -> int:
+        if len(ranges) == 1:
+            return place(ranges[0][1])
+        middle = len(ranges) // 2
+        above = search(ranges[middle:])
+        return assembler.compare(AT_LEAST, ranges[middle][0], above, search(ranges[:middle]))
+
+    found = {token: assembler.load(NUMBER_AT, search(ranges[token])) for token in reversed(ranges)}
+    then = place(foreign)
+    for token, start in found.items():
+        then = assembler.compare(EQUAL, token, start, then)
+    assembler.load(ARCHITECTURE_AT, then)
+    return assembler.program()
 
 
-def _instruction(code: int, value: int, true: int = 0, false: int = 0) -> bytes:
-    return pack("=HBBI", code, true, false, value)
+def _alternatives(assembler: Assembler, alternatives: tuple[Alternative, ...], default: int) -> int:
+    then = default
+    for action, conditions in reversed(alternatives):
+        otherwise, then = then, assembler.value(action)
+        for one in reversed(conditions):
+            then = _condition(assembler, one, then, otherwise)
+    return then
 
 
-def _enosys() -> bytes:
-    return _instruction(RETURN, ERRNO | ENOSYS)
-
-
-def _block(architecture: int, last: int, last_x32: int) -> bytes:
-    """Encode one architecture: go to the second instruction after this for a number above the last, else to the first.
-
-    That is a jump over what follows; and for another architecture it is the third.
-    """
-    body = _instruction(LOAD, NUMBER_AT)
-    if architecture == X86_64:
-        # Numbers with this bit are x32's: for a profile without x32, libseccomp's program rejects them.
-        if last_x32 >= 0:
-            body += _instruction(JUMP_AT_LEAST, X32_BIT, true=0, false=1) + _instruction(JUMP_GREATER, last_x32, 2, 1)
-        else:
-            body += _instruction(JUMP_AT_LEAST, X32_BIT, true=1, false=0)
-    body += _instruction(JUMP_GREATER, last, true=1, false=0)
-    return _instruction(JUMP_EQUAL, architecture, true=0, false=len(body) // 8 + 2) + body
+def _condition(assembler: Assembler, one: Condition, true: int, false: int) -> int:
+    """Compare an argument, as two words: the accumulator has 32 bits."""
+    if one.comparison in (NE, LT, LE):
+        true, false = false, true
+    low_at = ARGUMENTS_AT + 8 * one.index
+    low, high = one.value & U32_MAX, one.value >> 32
+    low_mask, high_mask = one.mask & U32_MAX, one.mask >> 32
+    if one.comparison in (EQ, NE, MASKED_EQ):
+        then = true
+        if low_mask:
+            then = assembler.load(low_at, assembler.mask(low_mask, assembler.compare(EQUAL, low, true, false)))
+        if high_mask:
+            equal = assembler.compare(EQUAL, high, then, false)
+            then = assembler.load(low_at + 4, assembler.mask(high_mask, equal))
+        return then
+    comparison = AT_LEAST if one.comparison in (GE, LT) else GREATER
+    then = assembler.load(low_at, assembler.compare(comparison, low, true, false))
+    if high_mask:
+        equal = assembler.compare(EQUAL, high, then, false)
+        then = assembler.load(low_at + 4, assembler.compare(GREATER, high, true, equal))
+    return then
