@@ -2,10 +2,10 @@
 
 libseccomp has the tables: architectures, and the numbers of their system calls.  A program finds the architecture,
 then by binary search the range of numbers with one outcome, and compares arguments where rules have conditions.
-libseccomp's own compiler takes many times as long, and its programs are several times as large; it is left for
-profiles whose meaning only it can tell (LibraryNeeded).
-Where several rules without equality match, it is also right more often: libseccomp compares one argument with another
-one's value, or forgets alternatives.
+libseccomp's own compiler takes ten times as long, and its programs are four times as large; it is left for profiles
+whose meaning only it can tell (LibraryNeeded).  Outcomes are the same, except where its programs err: with several
+rules for one call and other comparisons than for equality, they may compare an argument with another one's value, or
+forget an alternative.
 
 One outcome libseccomp does not have: system calls newer than any that the profile knows get ENOSYS, not the profile's
 default action.  A C library that tries a new call first takes ENOSYS for "use the old one", and EPERM for a failure.
