@@ -53,11 +53,18 @@ def _present(word: str) -> str:
     return word
 
 
+def _printable(word: str) -> str:
+    if not word.isprintable():  # a byte that is not UTF-8 is a surrogate here, which no message to a guest can hold
+        raise BadValue("is not a name; give letters, digits, . _ and -")
+    return _present(word)
+
+
 TEXT = Kind("TEXT", _text, "text")
 FILE = Kind("FILE", _present, "./file", complete="file")
 DIRECTORY = Kind("DIR", _present, "./directory", complete="directory")
 VM_NAME = Kind("NAME", _present, "web", complete="vm")
-CONTAINER = Kind("CONTAINER", _present, "web", complete="container")
+CONTAINER = Kind("CONTAINER", _printable, "web", complete="container")
+SHARE_TAG = Kind("TAG", _printable, "src")
 SNAPSHOT = Kind("SNAPSHOT", _present, "small", complete="snapshot")
 TEMPLATE = Kind("TEMPLATE", _present, "lean", complete="template")
 

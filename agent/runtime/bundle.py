@@ -54,7 +54,8 @@ class Bundle:
             raise CommandError("root must be specified in the configuration")
         path = os.path.normpath(os.path.join(self.path, root.path))  # noqa: PTH118
         if not os.path.isdir(path):  # noqa: PTH112
-            raise CommandError(f"invalid rootfs: stat {path}: no such file or directory")
+            problem = "not a directory" if os.path.exists(path) else "no such file or directory"  # noqa: PTH110
+            raise CommandError(f"invalid rootfs: stat {path}: {problem}")
         return path
 
 

@@ -17,6 +17,7 @@ from caisson.commands.declare import (
     CONTAINER,
     DIRECTORY,
     FILE,
+    SHARE_TAG,
     TEXT,
     Command,
     Option,
@@ -177,7 +178,7 @@ UNSHARE = Command(
     "unshare",
     "Unmount a shared directory in all containers and remove it from the VM.",
     "caisson.commands.program:unshare",
-    positionals=(Positional("tag", "name of the share", name("TAG", "src")),),
+    positionals=(Positional("tag", "name of the share", SHARE_TAG),),
     options=(VM,),
     examples=("caisson unshare src",),
 )

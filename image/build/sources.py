@@ -61,5 +61,7 @@ def compile_nsexec(build: Path, target: Path, triplet: str, musl: Path | None) -
     ``musl`` is the unpacked C library of another architecture, for which its compiler of this triplet is used.
     """
     cross = [] if musl is None else [f"CROSS={triplet}-", f"MUSL={musl / 'usr'}"]
-    run(["make", "-s", "-C", NSEXEC, f"BUILD={build}", *cross])
+    build.mkdir(parents=True, exist_ok=True)
+    # A killed compiler leaves its temporary files.
+    run(["make", "-s", "-C", NSEXEC, f"BUILD={build}", *cross], env={"TMPDIR": str(build)})
     shutil.move(build / "nsexec", target)

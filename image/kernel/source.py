@@ -223,7 +223,8 @@ def _make(tree: Path, build: Path, arch: str, *words: str, jobs: int = 1, log: P
     try:
         run(
             ["make", "-s", "-C", tree, f"O={build}", f"-j{jobs}", *settings, *words],
-            env={"CCACHE_BASEDIR": str(build)}, log=log,
+            # A killed compiler leaves its temporary files.
+            env={"CCACHE_BASEDIR": str(build), "TMPDIR": str(build)}, log=log,
         )  # fmt: skip
     except CommandFailed as error:
         if "gelf.h" in str(error) or "libelf" in str(error):

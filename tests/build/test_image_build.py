@@ -25,6 +25,7 @@ from caisson.image.build.builder import Build
 from caisson.image.build.cache import Cache, default_root
 from caisson.image.build.definition import load
 from caisson.image.build.rootfs import HOME
+from tests.support.poll import wait_until
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +54,18 @@ def guest(archive: bytes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     subprocess.run(unpack, input=archive, cwd=root, check=True)
     yield root
     shutil.rmtree(root)
+
+
+def test_a_killed_compiler_leaves_files_only_where_it_builds(tmp_path: Path) -> None:
+    temporary, build = tmp_path / "tmp", tmp_path / "build"
+    temporary.mkdir()
+    program = "import sys; from pathlib import Path; from caisson.image.build.sources import compile_nsexec as compile;"
+    words = [sys.executable, "-c", f"{program} compile(Path(sys.argv[1]), Path(sys.argv[2]), '', None)"]
+    with subprocess.Popen([*words, build, tmp_path / "nsexec"], env=os.environ | {"TMPDIR": str(temporary)}) as process:
+        wait_until(lambda: any(tmp_path.glob("*/*.o")) or process.poll() is not None, "an object file")
+        process.kill()
+    assert not list(temporary.iterdir())
+    assert list(build.glob("*.o"))
 
 
 def python(guest: Path, program: str) -> str:

@@ -112,6 +112,12 @@ def test_what_is_missing_is_named(oci: Oci, tmp_path: Path) -> None:
     assert oci("state", NAME).message == "container does not exist"
 
 
+def test_a_root_that_is_no_directory(oci: Oci, sleeper: Path) -> None:
+    edit(sleeper, lambda value: value["root"].update(path="config.json"))
+    expected = f"runc run failed: invalid rootfs: stat {sleeper}/config.json: not a directory"
+    assert oci("run", "-b", str(sleeper), NAME).message == expected
+
+
 def test_an_id_is_taken_once(oci: Oci, sleeper: Path) -> None:
     oci.running(sleeper, NAME)
     result = oci.detached("create", "-b", str(sleeper), NAME)

@@ -31,7 +31,9 @@ from caisson.commands.run import _parse_volume, run
 from caisson.commands.usage import help_of
 from caisson.proto.contract import VERSION
 
-EXEC, RUN, BOOT_VM, STOP_VM, CP = (COMMANDS[name] for name in ("exec", "run", "boot-vm", "stop-vm", "cp"))
+EXEC, RUN, BOOT_VM, STOP_VM, CP, UNSHARE = (
+    COMMANDS[name] for name in ("exec", "run", "boot-vm", "stop-vm", "cp", "unshare")
+)
 EVERY = [command for command in COMMANDS.values() if not command.hidden]
 
 
@@ -139,6 +141,8 @@ def test_a_vms_name_is_a_word_or_an_option() -> None:
         (CP, ["a"], "TARGET is missing; usage: caisson cp [OPTIONS] SOURCE TARGET"),
         (EXEC, [], "COMMAND is missing; usage: caisson exec [OPTIONS] [--] COMMAND [ARG…]"),
         (EXEC, ["--env", "x", "true"], "--env x: is not NAME=value; for example TERM=xterm"),
+        (EXEC, ["--container", "\udcff", "ls"], r"--container '\udcff': is not a name; give letters, digits"),
+        (UNSHARE, ["a\n"], r"TAG 'a\n': is not a name"),
         (EXEC, ["-x", "ls"], "-x: unknown option; a program's own options go after --"),
     ],
 )
