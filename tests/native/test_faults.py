@@ -95,11 +95,12 @@ def kinds() -> dict[str, dict[str, Any]]:
 
 
 def stopped_children(parent: int) -> list[int]:
-    """Return children that have reached their point."""
+    """Return children that have reached their point, without those killed there and not yet reaped."""
     found = []
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         try:
-            if Path(f"/proc/{pid}/comm").read_text().strip() == FAULT_COMM:
+            _, name, state = re.split(r" \(|\) ", Path(f"/proc/{pid}/stat").read_text(), maxsplit=2)
+            if name == FAULT_COMM and not state.startswith("Z"):
                 found.append(int(pid))
         except OSError:
             continue
