@@ -65,7 +65,8 @@ class Image:
         try:
             document = json.loads((directory / "image.json").read_text())
         except (OSError, ValueError) as error:
-            raise ImageError(f"{directory}: contains no image ({error}); build one: caisson build-image") from error
+            why = (error.strerror or "").lower() if isinstance(error, OSError) else error
+            raise ImageError(f"{directory}: contains no image ({why}); build one: caisson build-image") from error
         if document.get("format") != manifest.FORMAT:
             raise ImageError(f"{directory}: its image has a different format; build it again: caisson build-image")
         return cls(directory.resolve(), document)

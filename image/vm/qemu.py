@@ -174,7 +174,8 @@ def read_manifest(image: Path) -> tuple[str, dict[str, Any]]:
                 raise VMError(f"{image}: its image lacks {part}; build it again: caisson build-image")
         str(manifest["cmdline"])
     except OSError as error:
-        raise VMError(f"{image}: contains no image ({error.strerror}); build one: caisson build-image") from error
+        why = (error.strerror or "").lower()
+        raise VMError(f"{image}: contains no image ({why}); build one: caisson build-image") from error
     except (ValueError, TypeError, KeyError) as error:
         raise VMError(f"{image / 'image.json'} does not describe an image: {error!r}") from error
     return text, manifest
