@@ -277,3 +277,13 @@ def test_a_front_older_than_its_sources_is_left_alone(tmp_path: Path) -> None:
     assert chosen() == "python\n"
     front.unlink()
     assert chosen() == "python\n"
+
+
+def test_a_script_without_its_package_says_where_it_works(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    alone = tmp_path / "bin/caisson-oci"
+    alone.write_bytes(OURS.read_bytes())
+    alone.chmod(0o755)
+    done = subprocess.run([alone, "--version"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"{alone}: no package beside it") and done.stderr.count("\n") == 1
