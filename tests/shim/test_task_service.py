@@ -106,7 +106,7 @@ async def test_the_vm_starts_before_it_is_asked_for(fake: FakeContainerd) -> Non
     await until(lambda: TaskBundle(task.bundle, "c1").read() is None, "the end of the record")
 
 
-@pytest.mark.parametrize("unfit", [{"mounts": [{"type": "bind", "source": "/dev/null"}]}, {"mounts": 7}, {"linux": {}}])
+@pytest.mark.parametrize("unfit", [{"mounts": [{"type": "bind", "source": "/nosuch"}]}, {"mounts": 7}, {"linux": {}}])
 async def test_no_vm_starts_for_a_configuration_that_create_rejects(
     fake: FakeContainerd, unfit: dict[str, Any]
 ) -> None:
