@@ -64,7 +64,9 @@ async def _serve(listener: socket.socket, arguments: Arguments, machines: Machin
     Path(path).unlink(missing_ok=True)
     await task.close()
     for host in early:  # nobody has asked for it
-        await Pod(host, log).stop()
+        unwanted = Pod(host, log)
+        await unwanted.release()
+        await unwanted.stop()
     await publisher.flush(FLUSH_TIMEOUT)
     await server.stop(grace=1.0)
     for job in jobs:

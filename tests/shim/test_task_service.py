@@ -102,8 +102,9 @@ async def test_the_vm_starts_before_it_is_asked_for(fake: FakeContainerd) -> Non
     record = TaskBundle(task.bundle, "c1").read()
     assert record is not None and record.owner and record.machine, "`delete` could not stop it"
     await task.call("Shutdown")
-    await until(lambda: not list(fake.place.glob("agents/*/pid")), "its end with the shim")
-    await until(lambda: TaskBundle(task.bundle, "c1").read() is None, "the end of the record")
+    await fake.delete_program(task)
+    assert not list(fake.place.glob("agents/*/pid")) and not list(fake.place.glob("run-pods/*"))
+    assert TaskBundle(task.bundle, "c1").read() is None
 
 
 @pytest.mark.parametrize("unfit", [{"mounts": [{"type": "bind", "source": "/nosuch"}]}, {"mounts": 7}, {"linux": {}}])
