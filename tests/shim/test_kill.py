@@ -175,7 +175,7 @@ def pids_of_pod(docker: Engine, record: dict[str, Any], victim: str) -> list[int
 
 
 #: What docker says while it has no containerd, to which it reconnects at growing intervals; a kill is lost then.
-UNCONNECTED = (b"connection refused", b"did not receive an exit event")
+UNCONNECTED = (b"connection refused", b"error reading server preface", b"did not receive an exit event")
 
 
 def once_connected(docker: Engine, *words: str) -> subprocess.CompletedProcess[bytes]:
