@@ -211,7 +211,7 @@ class Container:
         state.save(directory)
         faults.reach("create_saved")
         launcher = runtime.launcher()
-        filter = launcher.filter(spec.linux.seccomp)
+        filter = await launcher.filter(spec.linux.seccomp)
         if filter:
             with open(f"{directory}/{FILTER}", "wb") as file:  # noqa: PTH123 - no pathlib at start
                 file.write(filter)

@@ -132,7 +132,7 @@ class Container:
             self._oom_watcher = None if watch is None else OomWatcher(watch)
         root, bundle, launcher = self.spec.root.path, str(self._directory), self._launcher
         self._join, self._procfs = join, procfs
-        self._filter = launcher.filter(self.spec.linux.seccomp)
+        self._filter = await launcher.filter(self.spec.linux.seccomp)
 
         def launch(stdio: Stdio | None, cgroup_fds: dict[str, int]) -> Awaitable[Launched]:
             return launcher.create(

@@ -16,6 +16,7 @@ from caisson.agent.pods.machines import SHARE_TAG, MachineError, machine_name
 from caisson.agent.shim import cgroup, mounts
 from caisson.agent.shim.bundle import SANDBOX_MEMORY, BundleRecord, ProcessId, TaskBundle
 from caisson.agent.shim.cgroup import HostCgroup
+from caisson.agent.shim.launch import group_in
 from caisson.agent.shim.spec import UnsupportedSpec, guest_spec, network_namespace
 
 TYPE_CHECKING = False
@@ -78,7 +79,7 @@ class PodHost:
         """Wait for the VM, and return it.
 
         Raises MachineError, MountError, NetworkError, CgroupError, SpecError or OSError; what was made until then is
-        left for ``remove``.
+        left for ``end_machine`` and ``remove``.
         """
         if self._starting is not None:
             self._starting.join()
@@ -177,7 +178,7 @@ def begin_early(container_id: str, namespace: str, machines: Machines) -> PodHos
         guest_spec(document, container_id)
     except (OSError, ValueError, TypeError, AttributeError, UnsupportedSpec):
         return None
-    if bundle.sandbox != container_id:
+    if group_in(document) not in ("", container_id):
         return None
     host = PodHost(container_id, namespace, machines)
     host.begin(document, bundle)

@@ -95,9 +95,14 @@ def group_of(bundle: str) -> str:
 
     try:
         with open(f"{bundle}/config.json", "rb") as file:  # noqa: PTH123
-            annotations = (json.load(file) or {}).get("annotations") or {}
+            return group_in(json.load(file) or {})
     except FileNotFoundError:
         return ""
+
+
+def group_in(document: dict[str, Any]) -> str:
+    """Return the pod that a configuration names; empty for a container of its own."""
+    annotations = document.get("annotations") or {}
     return next((annotations[name] for name in GROUPS if annotations.get(name)), "")
 
 

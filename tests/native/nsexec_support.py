@@ -174,7 +174,7 @@ class Box:
                 "join": join,
                 "start_gate": str(self.fifo),
                 "cgroups": {} if cgroup is None else cgroup.paths,
-                "filter": self.launcher.filter(spec.linux.seccomp),
+                "filter": await self.launcher.filter(spec.linux.seccomp),
                 "hooks": hooks,
                 **keywords,
             }

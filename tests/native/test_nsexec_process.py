@@ -81,7 +81,7 @@ async def test_nor_does_that_of_an_exec(box: Box, writer: str, default: str) -> 
     filtered = config(noNewPrivileges=True)
     filtered["linux"]["seccomp"] = profile(default, "SCMP_ACT_ALLOW", NEEDED_CALLS)
     spec, join, _ = box.specs[init.child.pid]
-    box.specs[init.child.pid] = (spec, join, box.launcher.filter(Spec.from_json(filtered).linux.seccomp))
+    box.specs[init.child.pid] = (spec, join, await box.launcher.filter(Spec.from_json(filtered).linux.seccomp))
     assert (await box.exec(init, {"args": [writer], "noNewPrivileges": True}, value)) == (0, "fine\n", "")
 
 

@@ -6,12 +6,15 @@ argument with another one's value, or takes x < 8 for done by x < 2.  It is aske
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import random
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from caisson.agent.base.log import Log
 from caisson.agent.client.seccomp import default_profile
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.seccomp import (
@@ -34,9 +37,15 @@ from caisson.agent.libcontainer.config.seccomp import (
     Seccomp,
 )  # fmt: skip
 from caisson.agent.libcontainer.process import seccomp_bpf
+from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.libseccomp import LIBRARY, Libseccomp
 from caisson.agent.libcontainer.process.seccomp_bpf import AARCH64, ARM, DIRECT, X32, X32_BIT, X86, X86_64
+from caisson.agent.model.reaper import Reaper
+from caisson.agent.model.waits import AsyncioWaits
 from tests.support.bpf import Instructions, instructions, run
+
+if TYPE_CHECKING:
+    from caisson.agent.libcontainer.process.nsexec import Nsexec
 
 try:
     ctypes.CDLL(LIBRARY)
@@ -309,3 +318,14 @@ def test_a_program_larger_than_the_kernel_accepts() -> None:
 
 def test_flags_come_first() -> None:
     assert seccomp_bpf.program(profile(ALLOW).but(flags=6))[:4] == (6).to_bytes(4, "little")
+
+
+async def test_other_work_continues_while_a_long_profile_is_compiled() -> None:
+    rules = tuple(Rule(("read",), (ALLOW, ERRNO | 1)[value % 2], (Condition(0, EQ, value),)) for value in range(600))
+    launcher = ProcessLauncher(cast("Nsexec", None), Reaper(), AsyncioWaits(), Log("error"))
+    compiling = asyncio.ensure_future(launcher.filter(Seccomp(KILL_PROCESS, rules=rules)))
+    turns = 0
+    while not compiling.done():
+        await asyncio.sleep(0.001)
+        turns += 1
+    assert len(await compiling) > 600 * 8 and turns > 5

@@ -59,13 +59,16 @@ class ProcessLauncher:
         self._log = log
         self._timeout = timeout
 
-    def filter(self, profile: Seccomp | None) -> bytes:
-        """Compile a seccomp filter; empty without a profile.  Raises SpecError."""
+    async def filter(self, profile: Seccomp | None) -> bytes:
+        """Compile a seccomp filter; empty without a profile.  Raises SpecError.
+
+        In a thread: thousands of rules about one system call take seconds.
+        """
         if profile is None:
             return b""
         from caisson.agent.libcontainer.process.seccomp_bpf import program  # late: few processes have one
 
-        return program(profile)
+        return await self._waits.work(lambda: program(profile))
 
     async def create(
         self,
