@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 
 from caisson.agent.base.log import LEVELS
-from caisson.agent.base.record import Record
 from caisson.proto.contract import AGENT_PORT, GUEST_HOME, TRACE_PORT
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import json
 import shlex
@@ -81,7 +80,7 @@ def boot_vm(
             network=network or ("user" if publish else "none"), publish=tuple(map(Publish.parse, publish)),
             firmware=bool(timeline_path), on_resume=RESUME_COMMAND,
         )  # fmt: skip
-        config = dataclasses.replace(config, image=image_directory(image, info))
+        config = config.but(image=image_directory(image, info))
         ready = client.ReadinessProbe()
     if dry_run:
         _show_dry_run(dry_run_of(config), as_json=as_json)

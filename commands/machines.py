@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +46,7 @@ def find_or_boot_vm(
             image=Path(), name=f"exec-{os.getpid()}", on_resume=RESUME_COMMAND,
             network=network or ("user" if publish else "none"), publish=tuple(map(Publish.parse, publish)),
         )  # fmt: skip
-        config = dataclasses.replace(config, image=image_directory("", report))
+        config = config.but(image=image_directory("", report))
         with VM.start(config, ready=client.ReadinessProbe(), report=report) as vm, explain_exit(vm):
             if config.network != "none":
                 call_sync(vm, lambda agent: configure(agent, vm.info["network"]))

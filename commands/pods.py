@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import sysconfig
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -210,6 +208,8 @@ def install_shim(*, image: str, memory: int, cpus: int, config: str, accel: str,
     """Build an image and a snapshot, write the shim's configuration, link its program for containerd, and print what to
     configure elsewhere.
     """
+    import sysconfig
+
     from caisson.commands.machines import image_directory
     from caisson.commands.snapshot import save_snapshot
     from caisson.commands.streams import check_writable, info
@@ -240,6 +240,8 @@ def link_program(scripts: Path, directory: Path, path: str) -> str:
     """Link this installation's shim into a directory of ``path``, containerd's search path, unless it is found there;
     returns a line on where it is, or why not.
     """
+    import shutil
+
     program, link = scripts / SHIM_PROGRAM, directory / SHIM_PROGRAM
     if not program.exists():
         return f"{SHIM_PROGRAM}: not installed; install the package: pip install caisson-vm"

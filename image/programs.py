@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ TO_COMPILE = ("flex", "bison", "bc", "xz")
 TO_UNPACK_KERNEL = {"bookworm": ("lz4",)}
 #: By uname's machine name.
 QEMU = {"x86_64": "qemu-system-x86_64", "aarch64": "qemu-system-aarch64"}
-TO_BOOT = (QEMU.get(platform.machine(), QEMU["x86_64"]),)
+TO_BOOT = (QEMU.get(os.uname().machine, QEMU["x86_64"]),)
 TO_PACK = ("sqfstar", "zstd")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from caisson.agent.base.record import Record
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import os
 import socket
 from struct import Struct
 
-from caisson.agent.base.record import Record
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

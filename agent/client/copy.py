@@ -18,7 +18,6 @@ from _queue import SimpleQueue
 from _thread import start_new_thread
 from pathlib import Path
 
-from caisson.agent.base.record import Record
 from caisson.agent.client.bulk import BulkProcess
 from caisson.agent.client.caller import CHUNK, PATH, ROOT
 from caisson.agent.client.copy_scripts import GET, PUT
@@ -26,6 +25,7 @@ from caisson.agent.client.errors import AgentError, CopyError, ProgramError, Rea
 from caisson.agent.client.pack import Pieces, pack, uncopyable_type
 from caisson.agent.client.unpack import ReceivedArchive, unpack, unpack_to
 from caisson.agent.rpc.ttrpc.blocking import take
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

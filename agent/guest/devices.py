@@ -11,10 +11,10 @@ import os
 import stat
 
 from caisson.agent.base.errors import InvalidArgument, SystemCallFailed
-from caisson.agent.base.record import Record
 from caisson.agent.guest import modules
 from caisson.agent.guest.blockdevices import BlockDevices
 from caisson.agent.guest.storage import MODULES
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import stat
 
 from caisson.agent.base import syscalls
 from caisson.agent.base.errors import InvalidArgument, PathOutside, SystemCallFailed
-from caisson.agent.base.record import Record
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

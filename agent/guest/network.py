@@ -15,9 +15,9 @@ from contextlib import contextmanager
 
 from caisson.agent.base import rtnetlink as rt
 from caisson.agent.base.errors import DeviceNotFound, DeviceTimeout, InvalidArgument, LinkNotFound, SystemCallFailed
-from caisson.agent.base.record import Record
 from caisson.agent.base.rtnetlink import Message, Rtnetlink
 from caisson.agent.guest import modules
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

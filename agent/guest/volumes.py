@@ -8,9 +8,9 @@ import stat
 from caisson.agent.base import syscalls
 from caisson.agent.base.errors import InvalidArgument, SystemCallFailed
 from caisson.agent.base.mountinfo import mount_points
-from caisson.agent.base.record import Record
 from caisson.agent.guest.files import SHARED
 from caisson.agent.guest.storage.mounts import reason
+from caisson.proto.record import Record
 
 
 class Usage(Record):

@@ -12,7 +12,6 @@ import os
 import time
 
 from caisson.agent.base.json import dumps
-from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer import state as files
 from caisson.agent.libcontainer.config.reader import SpecError
@@ -20,6 +19,7 @@ from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import CREATED, PAUSED, RUNNING, STOPPED, ProcessStat, State
 from caisson.agent.libcontainer.state_directory import ContainerError, DoesNotExist, remove_directory
 from caisson.agent.libcontainer.waits import wait_until
+from caisson.proto.record import NOTHING, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

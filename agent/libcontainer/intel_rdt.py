@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 
 from caisson.agent.base.mountinfo import PATH, mounts
-from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.config.reader import Reader, SpecError
 from caisson.agent.libcontainer.errors import LaunchError
+from caisson.proto.record import Record
 
 WHERE = "linux.intelRdt"
 NOT_MOUNTED = "Intel RDT is not supported or enabled: no resctrl file system is mounted"

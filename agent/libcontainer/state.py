@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 
 from caisson.agent.base.json import JsonError, dumps, loads
-from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer.config.reader import Reader, SpecError
+from caisson.proto.record import NOTHING, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.record import Record
+from caisson.proto.record import Record
 
 #: ioctl(2) of /dev/net/tun.  include/uapi/linux/if_tun.h
 TUNSETIFF = 0x400454CA

@@ -6,7 +6,7 @@ again.  argparse is not used: importing it takes as long as all of `state` shoul
 
 from __future__ import annotations
 
-from caisson.agent.base.record import Record
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from caisson.agent.base.record import Record
 from caisson.agent.runtime.options import FLAG, LIST, NUMBER, NUMBERS, TEXT, RuntimeOption
+from caisson.proto.record import Record
 
 HELP = RuntimeOption("help", FLAG, "show help", "h")
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.shim.launch import group_of
+from caisson.proto.record import NOTHING, Record
 
 #: Exit status of a process whose VM has exited: as if killed.
 KILLED = 137

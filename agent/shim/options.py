@@ -9,11 +9,11 @@ from __future__ import annotations
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError
 
-from caisson.agent.base.record import Record
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.shim.errors import ShimError
 from caisson.agent.shim.launch import RUNTIME_OPTIONS
 from caisson.proto.containerd import bootstrap_pb2, linux_runc_options_pb2, options_pb2, runc_options_pb2
+from caisson.proto.record import Record
 
 #: runc's options by their names: those of its shim, and those that clients of containerd 1.x write for other shims.
 RUNC_OPTIONS = {

@@ -13,10 +13,10 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from caisson.agent.base.record import Record
 from caisson.agent.pods.machines import MachineError, NoPort
 from caisson.agent.shim.mounts import MAKE_DIRECTORY, RootfsMount
 from caisson.proto.kata3 import agent_pb2
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.base.mountinfo import mount_points
-from caisson.agent.base.record import Record
 from caisson.agent.pods.machines import GUEST_SHARED
+from caisson.proto.record import Record
 
 #: The tmpfs that all containers of a pod have as /dev/shm.
 GUEST_SHM = "/run/kata-containers/sandbox/shm"

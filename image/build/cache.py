@@ -10,20 +10,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from caisson.image.errors import ImageError
-from caisson.image.run import remove_in_background
+from caisson.proto.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO
 
 
 def default_root() -> Path:
@@ -52,11 +52,15 @@ NO_SPACE = os.strerror(errno.ENOSPC)
 
 def digest_of(*inputs: object) -> str:
     """Return a key for these inputs (JSON values): 24 hex digits."""
+    import hashlib  # late: OpenSSL is a tenth of the imports of a process that starts a VM
+
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def digest_of_files(root: Path, files: list[Path]) -> str:
     """Return the digest of files' names below ``root``, modes and contents, in a fixed order."""
+    import hashlib
+
     state = hashlib.sha256()
     for file in sorted(files):
         mode = file.stat().st_mode & 0o111
@@ -66,8 +70,7 @@ def digest_of_files(root: Path, files: list[Path]) -> str:
     return state.hexdigest()[:24]
 
 
-@dataclass(frozen=True)
-class Removed:
+class Removed(Record):
     """A removed result: its step, and its bytes."""
 
     step: str
@@ -126,20 +129,22 @@ class Cache:
         """Move an unfinished result out of the way, and remove it in the background: a kernel tree takes many
         seconds.
         """
-        gone = making.with_name(f".making-{uuid.uuid4().hex}")
+        gone = making.with_name(f".making-{os.urandom(16).hex()}")
         try:
             making.rename(gone)
         except FileNotFoundError:
             return
         lock = gone.with_name(gone.name.replace("making", "lock", 1))  # so that a sweep finds it if rm is killed
         lock.touch()
+        from caisson.image.run import remove_in_background  # late: every command that names a VM imports this module
+
         remove_in_background(gone, lock)
 
     @contextmanager
     def scratch(self, step: str) -> Iterator[Path]:
         """Create an empty directory for a block; if the process is killed, the next one of its step removes it."""
         self._sweep(step)
-        key = uuid.uuid4().hex
+        key = os.urandom(16).hex()
         with self._locked(step, key):
             making = self.root / step / f".making-{key}"
             try:

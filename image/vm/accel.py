@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import platform
 import re
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from caisson.image.vm.errors import VMError
+from caisson.proto.record import Record
 
 KVM = Path("/dev/kvm")
 VHOST_VSOCK = Path("/dev/vhost-vsock")
@@ -22,8 +21,7 @@ VHOST_VSOCK = Path("/dev/vhost-vsock")
 KVM_CREATE_VM = 0xAE01
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Record):
     """A choice and its reason.  ``doubt``: evidence that an explicitly requested one cannot work."""
 
     name: str
@@ -37,8 +35,7 @@ def create_vm(device: int) -> None:
         os.close(fcntl.ioctl(device, KVM_CREATE_VM, 0))
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(Record):
     """The machine to run a VM: uname's architecture, and what its kernel reports."""
 
     machine: str
@@ -50,7 +47,7 @@ class Host:
     @classmethod
     def current(cls) -> Host:
         """Return this machine."""
-        return cls(platform.machine(), Path("/proc/cpuinfo").read_text())
+        return cls(os.uname().machine, Path("/proc/cpuinfo").read_text())
 
 
 def _refusal(device: Path, use: Callable[[int], None] = lambda descriptor: None) -> str | None:

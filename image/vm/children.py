@@ -7,20 +7,20 @@ import select
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO, Self
 
 from caisson.image.vm.errors import VMError
-from caisson.image.vm.exit_reason import POWERED_OFF
+from caisson.image.vm.exit_reason import POWERED_OFF, TITLES
 from caisson.image.vm.sandbox import Confinement
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO, Self
 
 #: Seconds for a process to exit on request; then it is killed, as it has no state to lose.
 TERM_TIMEOUT = 0.6
 
 #: Seconds for QEMU to exit after it has closed the vsock device's socket: it frees the guest's memory in between.
 QEMU_EXIT_TIMEOUT = 20.0
-
-#: Their names in errors.
-TITLES = {"qemu": "QEMU", "vsock": "the vsock device"}
 
 
 class ChildProcesses:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import random
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
 from caisson.image.vm import qemu
 from caisson.image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
@@ -20,6 +16,11 @@ from caisson.image.vm.hotplug import virtiofs
 from caisson.image.vm.network import KINDS, Publish
 from caisson.image.vm.snapshot.snapshot import Snapshot
 from caisson.image.vm.vsock import backend as vsock
+from caisson.proto.record import NOTHING, Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Self
 
 #: Minimum MiB of a guest.
 MIN_MEMORY = 128
@@ -47,8 +48,7 @@ def parse_share(text: str) -> tuple[str, tuple[str, bool]]:
     return tag, (directory, mode == "rw")
 
 
-@dataclass(frozen=True)
-class VMConfig:
+class VMConfig(Record):
     """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel.
 
     ``max_memory`` and ``max_cpus`` are the hot-plug maximums (0: no hot-plug).  ``shares`` are directories of the host,
@@ -70,8 +70,8 @@ class VMConfig:
     append: str = ""
     max_memory: int = 0
     max_cpus: int = 0
-    shares: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
-    virtiofs: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
+    shares: Mapping[str, tuple[str, bool]] = NOTHING
+    virtiofs: Mapping[str, tuple[str, bool]] = NOTHING
     snapshot: Snapshot | None = None
     savable: bool = False
     firmware: bool = False
@@ -127,18 +127,15 @@ class VMConfig:
 
     def document(self, accelerator: Choice, transport: Choice) -> dict[str, Any]:
         """Return the JSON document for a supervisor."""
-        choices = {"accel": dataclasses.astuple(accelerator), "vsock": dataclasses.astuple(transport)}
-        shares = {tag: [str(Path(path).resolve()), writable] for tag, (path, writable) in self.shares.items()}
-        return (
-            dataclasses.asdict(dataclasses.replace(self, snapshot=None))
-            | choices
-            | {
-                "image": str(Path(self.image).resolve()),
-                "snapshot": str(self.snapshot.directory) if self.snapshot else None,
-                "shares": shares,
-                "publish": [dataclasses.astuple(rule) for rule in self.publish],
-            }
-        )
+        return vars(self) | {
+            "accel": vars(accelerator),
+            "vsock": vars(transport),
+            "image": str(Path(self.image).resolve()),
+            "snapshot": str(self.snapshot.directory) if self.snapshot else None,
+            "shares": {tag: [str(Path(path).resolve()), writable] for tag, (path, writable) in self.shares.items()},
+            "virtiofs": dict(self.virtiofs),
+            "publish": [vars(rule) for rule in self.publish],
+        }
 
 
 def shares_to_plug(config: VMConfig) -> Mapping[str, tuple[str, bool]]:
@@ -163,8 +160,7 @@ def shares_to_plug(config: VMConfig) -> Mapping[str, tuple[str, bool]]:
     return config.shares
 
 
-@dataclass(frozen=True)
-class DryRun:
+class DryRun(Record):
     """The commands of a boot: QEMU's ``command``, a shell line to run ``beside`` it, and the ``reasons`` for both."""
 
     command: tuple[str, ...]
@@ -185,7 +181,7 @@ def dry_run(config: VMConfig) -> DryRun:
     accelerator, transport = config.choices()
     directory = VMDirectory.of(config.name)
     user = transport.name == "user"
-    cid = vsock.USER_CID if user else random.randint(vsock.FIRST_CID, vsock.LAST_CID)
+    cid = vsock.USER_CID if user else vsock.random_cid()
     socket = directory.path / "device.sock"
     devices = qemu.Devices(
         console=directory.console,

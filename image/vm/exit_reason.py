@@ -9,11 +9,15 @@ import contextlib
 import time
 from pathlib import Path
 
+from caisson.image.build.cache import default_root, digest_of
 from caisson.image.vm.directory import VMDirectory
 
 #: Reasons of intended exits.
 STOPPED = "it was stopped"
 POWERED_OFF = "the guest has powered off"
+
+#: Names of a VM's processes in others.
+TITLES = {"qemu": "QEMU", "vsock": "the vsock device"}
 
 #: Seconds to keep a reason.
 MAX_AGE = 86400.0
@@ -65,6 +69,4 @@ def describe(directory: VMDirectory) -> str:
 
 
 def _file(directory: VMDirectory) -> Path:
-    from caisson.image.build.cache import default_root, digest_of  # late: it would be most of a supervisor's imports
-
     return default_root() / "ended" / f"{digest_of(str(directory.path.parent))}-{directory.name}"

@@ -7,7 +7,10 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: Maximum bytes of a line.
 MAX_LINE = 4 << 20

@@ -7,12 +7,14 @@ skip it.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO
 
 #: Bytes of a log to keep, and how much it may exceed that before it is trimmed.
 MAX_LOG = 4 << 20
@@ -31,6 +33,8 @@ class LogRing:
         self._files = files
         self._size = size
         self._trimmed: dict[Path, int] = {}  # up to where
+        import ctypes  # late: only a supervisor needs it
+
         self._fallocate = ctypes.CDLL(None, use_errno=True).fallocate
         self._fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
 
 from caisson.image.vm import exit_reason, qemu
 from caisson.image.vm.accel import Choice, is_open
-from caisson.image.vm.children import TITLES
 from caisson.image.vm.config import VMConfig, shares_to_plug
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMError
-from caisson.image.vm.exit_reason import POWERED_OFF
+from caisson.image.vm.exit_reason import POWERED_OFF, TITLES
 from caisson.image.vm.launch import SupervisorProcess
 from caisson.image.vm.logs import Follower
 from caisson.image.vm.pace import scaled
@@ -23,6 +20,10 @@ from caisson.image.vm.running import STOP_TIMEOUT, RunningVM
 from caisson.image.vm.runroot import owned_run_root
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, snapshot_directory
 from caisson.image.vm.supervisor_connection import SupervisorConnection
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
 
 #: Timeouts in seconds for the agent to answer: native, and emulated on a busy machine.
 AGENT_TIMEOUT = {"kvm": 60.0, "tcg": 240.0}
@@ -73,7 +74,7 @@ class VM(RunningVM):
         owned_run_root(make=True)
         directory = VMDirectory.of(config.name)
         exit_reason.clear(directory)
-        config = dataclasses.replace(config, image=Path(config.image).resolve())
+        config = config.but(image=Path(config.image).resolve())
         accelerator, transport = config.choices()
         report(f"{accelerator.reason}; {transport.reason}")
         if config.snapshot:
@@ -81,9 +82,9 @@ class VM(RunningVM):
 
         later = {**shares_to_plug(config), **config.virtiofs}
         shares = {tag: each for tag, each in config.shares.items() if tag not in later}
-        config = dataclasses.replace(config, shares=shares, virtiofs={})
+        config = config.but(shares=shares, virtiofs={})
         if config.snapshot and transport.name == "user":
-            config, later = dataclasses.replace(config, virtiofs=later), {}  # present when the guest resumes
+            config, later = config.but(virtiofs=later), {}  # present when the guest resumes
 
         def boot(accelerator: Choice, supervisor: SupervisorProcess | None = None) -> VM:
             limit = timeout or scaled(AGENT_TIMEOUT[accelerator.name])
@@ -117,7 +118,7 @@ class VM(RunningVM):
         vm = cls(directory)
         # Under KVM the firmware's first output shows that the guest runs at all.
         watched = accelerator.name == "kvm" and not config.snapshot and not config.savable
-        vm._config = dataclasses.replace(config, firmware=config.firmware or watched)
+        vm._config = config.but(firmware=config.firmware or watched)
         try:
             vm._launch(supervisor, vm._config, accelerator, transport)
             follower = Follower(directory.console, console)
@@ -154,9 +155,7 @@ class VM(RunningVM):
         document = config.document(accelerator, transport)
         program = qemu.probe(qemu.architecture_of(qemu.read_manifest(config.image)[1]))
         with contextlib.suppress(OSError):  # the outcome is received below
-            self._connection.send(
-                document | {"directory": str(self.directory), "program": dataclasses.astuple(program)}
-            )
+            self._connection.send(document | {"directory": str(self.directory), "program": vars(program)})
         self._info = self._connection.receive()["info"]
 
     def _await(self, ready: Callable[[Path], bool], began: float, limit: float, accelerator: Choice) -> None:
@@ -231,9 +230,8 @@ class VM(RunningVM):
         snapshot = Snapshot(
             name, snapshot_directory(name), config.image, compatibility, config.memory, config.cpus, config.append
         )
-        document = dataclasses.asdict(snapshot) | {"directory": str(snapshot.directory), "image": str(snapshot.image)}
         try:
-            connection.send({"save": document})
+            connection.send({"save": snapshot.document()})
             size = int(connection.receive()["saved"])
         except (OSError, VMError) as error:
             raise VMError(f"snapshot {name!r}: {connection.exit_reason or error}") from error

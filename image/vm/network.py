@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from caisson.image.vm.errors import InvalidOption
+from caisson.proto.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 KINDS = ("none", "user")
 
@@ -28,8 +31,7 @@ RULE = re.compile(r"(?:(?P<address>[0-9.]+|localhost):)?(?P<host>\d+):(?P<guest>
 FIRST_UNPRIVILEGED = 1024
 
 
-@dataclass(frozen=True)
-class Publish:
+class Publish(Record):
     """A published port: one of this machine, forwarded to one of the guest."""
 
     host: int

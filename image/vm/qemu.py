@@ -6,15 +6,18 @@ import json
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
 
 from caisson.image.programs import package_of, which
 from caisson.image.vm import network
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.network import Publish
+from caisson.proto.record import NOTHING, Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Self
 
 #: Older versions do not tell vhost-user devices to enable their rings, and lack options used here.
 MIN_VERSION = (7, 2)
@@ -50,8 +53,7 @@ TCG_CPU = "max,-erms,-fsrm"
 ARM_TCG_CPU = "max,pauth-impdef=on"
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(Record):
     """The machine of a CPU architecture; ``uname`` is the kernel's name for the architecture."""
 
     uname: str
@@ -85,8 +87,7 @@ VSOCK_PORT = "18"
 MEMORY_SLOTS = 8
 
 
-@dataclass(frozen=True)
-class QemuProgram:
+class QemuProgram(Record):
     """A QEMU program; ``title`` is the version that it prints, with the distribution's."""
 
     path: str
@@ -94,8 +95,7 @@ class QemuProgram:
     title: str = ""
 
 
-@dataclass(frozen=True)
-class Devices:
+class Devices(Record):
     """The devices prepared for QEMU: ``vsock_fd`` is the vhost-user socket, or an open /dev/vhost-vsock; a QEMU that is
     to open the socket itself gets ``vsock_path`` instead.
 
@@ -127,8 +127,7 @@ class Devices:
         return f"vhost-vsock-pci,guest-cid={self.cid}{opened}"
 
 
-@dataclass(frozen=True)
-class MachineSpec:
+class MachineSpec(Record):
     """The machine for QEMU to emulate.
 
     ``memory`` is in MiB; ``max_memory`` and ``max_cpus`` are the maximums with hot-plug, 0 for no more than at the
@@ -142,7 +141,7 @@ class MachineSpec:
     max_memory: int = 0
     max_cpus: int = 0
     append: str = ""
-    shares: Mapping[str, Share] = field(default_factory=dict)
+    shares: Mapping[str, Share] = NOTHING
     network: str = "none"
     publish: Sequence[Publish] = ()
 
@@ -150,13 +149,12 @@ class MachineSpec:
     def of(cls, name: str, accelerator: str, document: Mapping[str, Any]) -> Self:
         """Make one from VMConfig.document."""
         shares = {tag: Share(Path(path), writable) for tag, (path, writable) in document["shares"].items()}
-        publish = [Publish(*rule) for rule in document["publish"]]
+        publish = [Publish(**rule) for rule in document["publish"]]
         same = ("memory", "cpus", "max_memory", "max_cpus", "append", "network")
         return cls(name, accelerator, shares=shares, publish=publish, **{key: document[key] for key in same})
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(Record):
     """A directory of the host."""
 
     path: Path

@@ -9,10 +9,13 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
 
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.jsonsocket import JSONSocket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Self
 
 
 class QMPError(VMError):

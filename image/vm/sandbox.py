@@ -18,8 +18,9 @@ import resource
 import signal
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from caisson.proto.record import Record
 
 PR_SET_PDEATHSIG = 1
 PR_SET_SECCOMP = 22
@@ -51,8 +52,7 @@ VIRTIOFSD = FILE_OWNERSHIP | {CAP_DAC_READ_SEARCH, CAP_SETPCAP, CAP_SYS_CHROOT, 
 SUPERVISOR = VIRTIOFSD | {CAP_KILL, CAP_NET_BIND_SERVICE}
 
 
-@dataclass(frozen=True)
-class Confinement:
+class Confinement(Record):
     """The limits of a process: its ``capabilities``, if its parent has them, and its largest file in bytes (or None).
 
     ``writable``: directories that stay writable when mounts are made read-only; None leaves the mounts unchanged.

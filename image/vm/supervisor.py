@@ -22,17 +22,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
 import select
 import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
 
 from caisson.image.vm import exit_reason, network, qemu
 from caisson.image.vm.accel import Choice
@@ -41,7 +38,7 @@ from caisson.image.vm.directory import VMDirectory, janitor
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.exit_reason import POWERED_OFF, STOPPED
 from caisson.image.vm.hotplug import virtiofs
-from caisson.image.vm.hotplug.virtiofs import Shares
+from caisson.image.vm.hotplug.virtiofsd import Shares
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.logs import TRIM_INTERVAL, LogRing
 from caisson.image.vm.network import FIRST_UNPRIVILEGED, Publish
@@ -59,6 +56,10 @@ from caisson.image.vm.sandbox import (
 from caisson.image.vm.snapshot import migration, ram
 from caisson.image.vm.vsock import backend as vsock
 from caisson.proto.contract import VERSION, VM_FORMAT
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO, Any
 
 #: Seconds between two checks for a suspended host, and the minimum that counts: clocks are inexact.
 SUSPEND_CHECK_INTERVAL = 10.0
@@ -123,6 +124,8 @@ class Supervisor:
         except VMError as error:
             why = str(error)
         except Exception:  # its stderr is /dev/null
+            import traceback
+
             why = f"its supervisor failed: {traceback.format_exc()}"
         return why
 
@@ -138,12 +141,12 @@ class Supervisor:
         """Start everything and wait until it exits, which raises Ended."""
         config, directory = self._config, self._directory
         image = Path(config["image"])
-        accelerator, transport = Choice(*config["accel"]), Choice(*config["vsock"])
+        accelerator, transport = Choice(**config["accel"]), Choice(**config["vsock"])
         text, manifest = qemu.read_manifest(image)
         # A description of the running image, even if it is removed from the builder's cache.
         (directory.path / "image.json").write_text(text)
-        path, (major, minor), title = config["program"]  # JSON has no tuples
-        program = qemu.QemuProgram(path, (major, minor), title)
+        version = tuple(config["program"]["version"])  # JSON has no tuples
+        program = qemu.QemuProgram(**config["program"] | {"version": version})
         with directory.qemu_log.open("wb") as log, ChildProcesses(log) as children, contextlib.ExitStack() as stack:
             children.set_quit("qemu", self._quit_qemu)
             source = Path(config["snapshot"]) if config["snapshot"] else None
@@ -152,7 +155,7 @@ class Supervisor:
             device = None
             if transport.name == "vhost" or not config["savable"]:
                 # A clone's CID must differ from its siblings', even if nothing else requires it.
-                cid = random.randint(vsock.FIRST_CID, vsock.LAST_CID) if source else vsock.USER_CID
+                cid = vsock.random_cid() if source else vsock.USER_CID
                 device = stack.enter_context(vsock.prepare(transport.name, directory, cid))
             memory = Path(f"/proc/self/fd/{self._ram.fileno()}") if self._ram else None
             ram_file: IO[bytes] | None = None
@@ -207,7 +210,7 @@ class Supervisor:
                 "max_memory": config["max_memory"],
                 "max_cpus": config["max_cpus"],
                 "shares": config["shares"],
-                "network": network.document(config["network"], [Publish(*rule) for rule in config["publish"]]),
+                "network": network.document(config["network"], [Publish(**rule) for rule in config["publish"]]),
                 "started": time.time(),
                 "spawned": spawned,
                 "command": list(command),
@@ -326,7 +329,7 @@ def qemu_confinement(
     capabilities = set()
     if any(writable for _, writable in shares):
         capabilities |= {CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER}
-    if any(Publish(*rule).host < FIRST_UNPRIVILEGED for rule in config["publish"]):
+    if any(Publish(**rule).host < FIRST_UNPRIVILEGED for rule in config["publish"]):
         capabilities.add(CAP_NET_BIND_SERVICE)
     files = [image / manifest[part]["file"] for part in ("kernel", "root")]
     if shares or any(file.stat().st_uid != os.geteuid() for file in files):

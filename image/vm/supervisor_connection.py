@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
-from typing import Any
 
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.launch import SupervisorProcess
 from caisson.image.vm.running import STOP_TIMEOUT
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class SupervisorConnection:

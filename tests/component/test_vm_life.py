@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 import socket
@@ -235,7 +234,7 @@ def test_kvm_that_runs_nothing_is_found_out(
     assert "KVM" in said[0]
     assert said[1].endswith("going on with TCG (emulation)")
     with pytest.raises(VMError, match=r"KVM does not run the guest|QEMU exited with status 1"):
-        VM.start(dataclasses.replace(config, accel="kvm"), ready=ready, timeout=60)
+        VM.start(config.but(accel="kvm"), ready=ready, timeout=60)
 
 
 def test_a_stale_directory_makes_room(image: Images) -> None:
@@ -256,7 +255,7 @@ def test_a_host_that_was_suspended(image: Images, tmp_path: Path, monkeypatch: p
     )
     owned_run_root(make=True)
     directory = VMDirectory.of("v")
-    program = dataclasses.astuple(qemu.probe(qemu.ARCHITECTURES["amd64"]))
+    program = vars(qemu.probe(qemu.ARCHITECTURES["amd64"]))
     document = config.document(*config.choices()) | {"directory": str(directory.path), "program": program}
     starter, theirs = socket.socketpair()
     stop, wake = socket.socketpair()

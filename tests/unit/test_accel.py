@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,23 +28,23 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 
 @pytest.mark.parametrize("cpuinfo", [VMX, SVM])
 def test_hardware_virtualization_means_kvm(host: Host, cpuinfo: str) -> None:
-    choice = accel.choose_accelerator("auto", "x86_64", replace(host, cpuinfo=cpuinfo))
+    choice = accel.choose_accelerator("auto", "x86_64", host.but(cpuinfo=cpuinfo))
     assert choice.name == "kvm"
     assert choice.doubt == ""
 
 
 def test_a_device_that_opens_is_not_enough(host: Host) -> None:
-    choice = accel.choose_accelerator("auto", "x86_64", replace(host, cpuinfo=NEITHER))
+    choice = accel.choose_accelerator("auto", "x86_64", host.but(cpuinfo=NEITHER))
     assert choice.name == "tcg"
     assert "opens, but the CPU shows neither vmx nor svm" in choice.reason
 
 
 def test_other_architectures_have_no_such_flags(host: Host) -> None:
-    assert accel.choose_accelerator("auto", "aarch64", replace(host, machine="aarch64", cpuinfo="")).name == "kvm"
+    assert accel.choose_accelerator("auto", "aarch64", host.but(machine="aarch64", cpuinfo="")).name == "kvm"
 
 
 def test_no_device_means_emulation(host: Host, tmp_path: Path) -> None:
-    choice = accel.choose_accelerator("auto", "x86_64", replace(host, kvm=tmp_path / "none"))
+    choice = accel.choose_accelerator("auto", "x86_64", host.but(kvm=tmp_path / "none"))
     assert choice.name == "tcg"
     assert "No such file" in choice.reason
 
@@ -56,7 +55,7 @@ def test_a_device_that_another_hypervisor_uses_is_busy(host: Host) -> None:
     def refuse(device: int) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    busy = replace(host, create_vm=refuse)
+    busy = host.but(create_vm=refuse)
     choice = accel.choose_accelerator("auto", "x86_64", busy)
     assert choice.name == "tcg"
     assert "is busy: another hypervisor" in choice.reason
@@ -78,14 +77,14 @@ def test_accelerator_asked_for_is_used(host: Host) -> None:
 
 
 def test_forced_accelerator_is_used_with_a_warning(host: Host) -> None:
-    choice = accel.choose_accelerator("kvm", "x86_64", replace(host, cpuinfo=NEITHER))
+    choice = accel.choose_accelerator("kvm", "x86_64", host.but(cpuinfo=NEITHER))
     assert choice.name == "kvm"
     assert "neither vmx nor svm" in choice.doubt
     assert choice.doubt in choice.reason
 
 
 def test_unusable_accelerator_is_rejected_with_a_remedy(host: Host, tmp_path: Path) -> None:
-    none = replace(host, kvm=tmp_path / "none", vhost_vsock=tmp_path / "none")
+    none = host.but(kvm=tmp_path / "none", vhost_vsock=tmp_path / "none")
     with pytest.raises(VMError, match=r"modprobe kvm.*--accel tcg"):
         accel.choose_accelerator("kvm", "x86_64", none)
     with pytest.raises(VMError, match=r"modprobe vhost_vsock.*--vsock user"):
@@ -113,7 +112,7 @@ def test_a_device_that_one_may_not_open_names_the_way_in(
     monkeypatch.setattr("os.geteuid", lambda: uid)
     monkeypatch.setattr(Path, "group", group_of)
     # Not even root can open a directory for writing.
-    closed = replace(host, kvm=tmp_path / "d", vhost_vsock=tmp_path / "d")
+    closed = host.but(kvm=tmp_path / "d", vhost_vsock=tmp_path / "d")
     (tmp_path / "d").mkdir()
     (tmp_path / "d").chmod(mode)
     with pytest.raises(VMError, match=way_in):
@@ -132,7 +131,7 @@ def test_ci_says_what_auto_is(host: Host, tmp_path: Path, monkeypatch: pytest.Mo
     assert accel.choose_vsock("auto", host).name == "user"
     monkeypatch.setenv("CAISSON_ACCEL", "kvm")
     monkeypatch.setenv("CAISSON_VSOCK", "vhost")
-    none = replace(host, kvm=tmp_path / "none", vhost_vsock=tmp_path / "none")
+    none = host.but(kvm=tmp_path / "none", vhost_vsock=tmp_path / "none")
     with pytest.raises(VMError, match="--accel kvm"):
         accel.choose_accelerator("auto", "x86_64", none)
     with pytest.raises(VMError, match="--vsock vhost"):
@@ -150,7 +149,7 @@ def test_vsock_follows_the_device(host: Host, tmp_path: Path) -> None:
     assert accel.choose_vsock("auto", host).name == "vhost"
     assert accel.choose_vsock("vhost", host).name == "vhost"
     assert accel.choose_vsock("user", host).name == "user"
-    missing = accel.choose_vsock("auto", replace(host, vhost_vsock=tmp_path / "none"))
+    missing = accel.choose_vsock("auto", host.but(vhost_vsock=tmp_path / "none"))
     assert missing.name == "user"
     assert "No such file" in missing.reason
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.base.record import NOTHING, Record
+from caisson.proto.record import NOTHING, Record
 
 
 class Point(Record):

@@ -17,9 +17,9 @@ from caisson.agent.base.errors import (
     Unsupported,
 )
 from caisson.agent.base.mountinfo import mount_points
-from caisson.agent.base.record import Record
 from caisson.agent.guest import modules
 from caisson.agent.guest.storage import mounts
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

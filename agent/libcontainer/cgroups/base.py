@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.cgroups import files
 from caisson.agent.libcontainer.waits import BlockingWaits
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ A missing file (an unavailable controller, a removed container) counts as zeros.
 
 from __future__ import annotations
 
-from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer.cgroups import files
+from caisson.proto.record import NOTHING, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ Source: the OCI runtime specification, config.md, "Process".
 
 from __future__ import annotations
 
-from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.config import scheduling
 from caisson.agent.libcontainer.config.reader import U32_MAX, U64_MAX, Reader, SpecError
 from caisson.agent.libcontainer.plan import lsm as labels
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ A field means the same for both cgroup versions; whether a version supports it i
 
 from __future__ import annotations
 
-from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer.config.reader import I64_MAX, I64_MIN, U32_MAX, U64_MAX, Reader, SpecError
+from caisson.proto.record import NOTHING, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from struct import pack, unpack_from
 
-from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.config.reader import U64_MAX, Reader, SpecError
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ Source: OCI runtime specification, config-linux.md, "Seccomp"; seccomp(2), secco
 
 from __future__ import annotations
 
-from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.config.reader import U32_MAX, U64_MAX, Reader, SpecError
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

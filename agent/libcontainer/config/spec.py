@@ -6,7 +6,6 @@ options, capability names, sysctls …) are interpreted where they are used, in 
 
 from __future__ import annotations
 
-from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer.config import scheduling
 from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.reader import U32_MAX, Reader, SpecError, UnknownField
@@ -14,6 +13,7 @@ from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.config.scheduling import MemoryPolicy
 from caisson.agent.libcontainer.config.seccomp import Seccomp
 from caisson.agent.libcontainer.plan import lsm as labels
+from caisson.proto.record import NOTHING, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ import os.path
 from stat import S_IFBLK, S_IFCHR, S_IFIFO
 from struct import pack
 
-from caisson.agent.base.record import Record
 from caisson.agent.base.syscalls import (
     MOUNT_ATTR__ATIME,
     MOUNT_ATTR_NOATIME,
@@ -33,6 +32,7 @@ from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Device, Mount
 from caisson.agent.libcontainer.plan import wire
 from caisson.agent.libcontainer.plan.users import in_user_namespace
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import stat
 
-from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.plan import users
+from caisson.proto.record import NOTHING, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

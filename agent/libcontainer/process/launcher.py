@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-from caisson.agent.base.record import NOTHING
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.plan import plan, users
 from caisson.agent.libcontainer.plan.wire import EncodingError
@@ -13,6 +12,7 @@ from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.channel import kill
 from caisson.agent.libcontainer.process.launch import Launch, Launched, Stdio, check_stdio, own_pipes
 from caisson.agent.libcontainer.process.starter import Starter, too_late, with_hooks
+from caisson.proto.record import NOTHING
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ import sys
 
 from caisson.agent.base import syscalls
 from caisson.agent.base.json import dumps, loads
-from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.errors import LaunchError, reason
 from caisson.agent.libcontainer.process.hooks import state
 from caisson.agent.libcontainer.state import OCI_VERSION
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

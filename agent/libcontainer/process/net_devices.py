@@ -10,8 +10,8 @@ from __future__ import annotations
 from struct import pack
 
 from caisson.agent.base import rtnetlink as rt
-from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.errors import LaunchError, reason
+from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,9 +11,7 @@ import fcntl
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from caisson.image.vm.config import TAG
 from caisson.image.vm.errors import InvalidOption, VMError
@@ -23,10 +21,14 @@ from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.qmp import QMP, QMPError
 from caisson.image.vm.running import RunningVM
+from caisson.proto.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
-@dataclass(frozen=True)
-class Shared:
+class Shared(Record):
     """A share to mount: the file system's type and tag.  ``new``: it did not exist before."""
 
     fstype: str

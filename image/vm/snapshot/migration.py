@@ -10,11 +10,14 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.qmp import QMP, QMPError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: Seconds for QEMU to answer, and to save or restore: the state is less than a MiB, the machine may be busy.
 MIGRATION_TIMEOUT = 60.0

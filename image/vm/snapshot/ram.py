@@ -7,9 +7,12 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from caisson.image.vm.errors import VMError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO
 
 PAGE = 4096
 BLOCK = 1 << 20

@@ -11,21 +11,23 @@ to which memory need not be shared, a private mapping of the file.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
 from caisson.image.build.cache import Cache, default_root
 from caisson.image.vm import qemu
 from caisson.image.vm.errors import InvalidOption, VMError
 from caisson.image.vm.snapshot import ram as memory
 from caisson.proto.contract import READY_LINE
+from caisson.proto.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Self
 
 STEP = "snapshots"
 
@@ -39,8 +41,7 @@ MAX_BOOT_LOG = 4 << 20
 FORMAT = 4
 
 
-@dataclass(frozen=True)
-class SnapshotCompatibility:
+class SnapshotCompatibility(Record):
     """The properties that must match to restore a saved guest.
 
     ``image`` is the digest of its image.json; ``cpu`` is QEMU's model and, where that is the host's own, its name.
@@ -74,8 +75,7 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(Record):
     """A saved guest: ``directory`` holds its files; ``memory`` in MiB, ``cpus`` and ``append`` as in VMConfig."""
 
     name: str
@@ -114,6 +114,11 @@ class Snapshot:
             return cls(name=name, directory=directory, **document)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise VMError(f"snapshot {name!r} cannot be read: {error}; {_way_out(name)}") from error
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        paths = {"directory": str(self.directory), "image": str(self.image)}
+        return vars(self) | paths | {"compatibility": vars(self.compatibility)}
 
     def check(self, here: SnapshotCompatibility) -> None:
         """Check that it can be restored in this environment.  Raises VMError."""
@@ -155,8 +160,7 @@ def store(snapshot: Snapshot, ram: int, state: bytes) -> int:
     ``ram`` is a file with the stopped guest's memory.  Raises VMError.
     """
     name, cache = snapshot.name, _cache(snapshot.directory.parents[1])
-    document: dict[str, Any] = dataclasses.asdict(snapshot) | {"format": FORMAT, "image": str(snapshot.image)}
-    document |= {"created": time.time()}
+    document = snapshot.document() | {"format": FORMAT, "created": time.time()}
     del document["name"], document["directory"]
     try:
         with cache.scratch(STEP) as scratch:

@@ -13,13 +13,11 @@ import contextlib
 import errno
 import fcntl
 import os
-import random
 import select
 import socket
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from caisson.image.vm.accel import VHOST_VSOCK
@@ -27,6 +25,7 @@ from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.pace import scaled
 from caisson.proto.contract import AGENT_PORT
+from caisson.proto.record import Record
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,8 +46,7 @@ VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
 START_TIMEOUT = 20.0
 
 
-@dataclass(frozen=True)
-class Backend:
+class Backend(Record):
     """A vsock device: ``command`` runs its back end, which needs ``backend_fds``; ``fd`` and ``cid`` are for QEMU."""
 
     command: Sequence[str]
@@ -78,6 +76,11 @@ def command(kind: str, directory: VMDirectory, cid: int, more: Sequence[str]) ->
         "--socket", str(directory.vsock_socket),
         "--raw", f"{directory.agent_socket}={AGENT_PORT}",
     ]  # fmt: skip
+
+
+def random_cid() -> int:
+    """Return a random context id."""
+    return FIRST_CID + int.from_bytes(os.urandom(8), "little") % (LAST_CID - FIRST_CID + 1)
 
 
 @contextlib.contextmanager
@@ -115,7 +118,7 @@ def open_vhost(device: Path = VHOST_VSOCK, ioctl: Callable[[int, int, bytes], ob
         raise VMError(f"{device} cannot be opened: {os.strerror(error.errno or 0)}") from error
     try:
         for _ in range(MAX_CID_ATTEMPTS):
-            cid = random.randint(FIRST_CID, LAST_CID)
+            cid = random_cid()
             try:
                 ioctl(descriptor, VHOST_VSOCK_SET_GUEST_CID, struct.pack("=Q", cid))
                 return descriptor, cid

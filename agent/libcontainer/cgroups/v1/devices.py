@@ -8,11 +8,11 @@ https://docs.kernel.org/admin-guide/cgroup-v1/devices.html
 
 from __future__ import annotations
 
-from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer.cgroups import files
 from caisson.agent.libcontainer.cgroups.base import WHERE, CgroupError
 from caisson.agent.libcontainer.cgroups.device_program import ALWAYS, DENY_ALL
 from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.proto.record import NOTHING, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
