@@ -204,6 +204,15 @@ def test_readonly_root(box: Box) -> None:
     ]  # fmt: skip
 
 
+def test_the_root_as_a_readonly_path(box: Box) -> None:
+    """As with runc: it is not silently left writable."""
+    value = config()
+    value["linux"]["readonlyPaths"] += ["/."]
+    assert box.sh("touch /x 2>/dev/null || echo refused; touch /dev/x && echo fine", value).split() == [
+        "refused", "fine",
+    ]  # fmt: skip
+
+
 def test_a_readonly_tmpfs_still_gets_its_mount_points(box: Box) -> None:
     value = config()
     value["mounts"][1]["options"].append("ro")

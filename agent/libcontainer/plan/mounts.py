@@ -287,8 +287,14 @@ class FileSystem:
         for mount in self.mounts:
             if mount.late_readonly:
                 yield wire.attribute(wire.REMOUNT, pack("=Q", MOUNT_ATTR_RDONLY) + wire.texts(mount.target))
-        if self._spec.root is not None and self._spec.root.readonly:
+        # A mount over the root would be above it, where no path leads: as a path it is read-only itself.
+        if (self._spec.root is not None and self._spec.root.readonly) or "/" in readonly_paths(self._spec):
             yield wire.truth(wire.ROOT_READONLY, True)
+
+
+def readonly_paths(spec: Spec) -> list[str]:
+    """Normalize linux.readonlyPaths.  Raises SpecError."""
+    return [absolute(path, "linux.readonlyPaths") for path in spec.linux.readonly_paths]
 
 
 def is_id_mapped(mount: Mount) -> bool:

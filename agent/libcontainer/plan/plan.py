@@ -14,7 +14,7 @@ from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Linux
 from caisson.agent.libcontainer.plan import sysctl, wire
 from caisson.agent.libcontainer.plan.capabilities import capability_mask, rlimit_number
-from caisson.agent.libcontainer.plan.mounts import FileSystem, absolute, is_id_mapped, root_propagation
+from caisson.agent.libcontainer.plan.mounts import FileSystem, absolute, is_id_mapped, readonly_paths, root_propagation
 from caisson.agent.libcontainer.plan.wire import (
     CAPABILITIES,
     CONSOLE,
@@ -135,7 +135,7 @@ def init_messages(
         *files.readonly_steps(),
         *_names(spec, types),
         *sysctl.steps(SYSCTL, spec.linux.sysctl, types),
-        *(wire.text(READONLY, absolute(path, "linux.readonlyPaths")) for path in spec.linux.readonly_paths),
+        *(wire.text(READONLY, path) for path in readonly_paths(spec) if path != "/"),
         *(wire.text(MASK, absolute(p, "linux.maskedPaths")) for p in dict.fromkeys(spec.linux.masked_paths)),
         *_process(
             process.but(exec_cpu_affinity=None),
