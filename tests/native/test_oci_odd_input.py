@@ -23,6 +23,7 @@ ODD_VALUES: list[tuple[str, object]] = [
     *((f"linux.resources.{name}", value) for name in ("devices", "memory", "cpu", "pids") for value in ("x", 7, [7])),
     ("process.capabilities", {"bounding": [{}]}), ("process.capabilities", {"bounding": [7]}),
     ("process.rlimits", [None]), ("process.rlimits", ["x"]),
+    ("hostname", "\ud800"), ("process.args", ["echo", "\ud83d", "\ude00"]), ("annotations", {"\udc00": "x"}),
     ("linux.resources.devices", [{}]), ("linux.resources", "x"), ("linux.seccomp", "x"), ("annotations", "x"),
 ]  # fmt: skip
 

@@ -108,7 +108,7 @@ class Reader:
     def texts(self, key: str) -> tuple[str, ...]:
         """Read a list of strings."""
         value = self.raw(key)
-        if isinstance(value, list) and set(map(type, value)) <= {str} and "\0" not in "".join(value):
+        if isinstance(value, list) and set(map(type, value)) <= {str} and not _why_not_text("".join(value)):
             return tuple(value)  # without the names of elements, which are for errors
         return self.each(key, check_text)
 
@@ -161,12 +161,25 @@ class Reader:
 
 
 def check_text(value: object, name: str) -> str:
-    """Return `value` if it is a string without NUL.  Raises SpecError."""
+    """Return `value` if it is a string that can be given to the kernel.  Raises SpecError."""
     if not isinstance(value, str):
         raise SpecError(name, f"must be a string, not {value!r}")
-    if "\0" in value:
-        raise SpecError(name, "must not contain a NUL character")
+    if why := _why_not_text(value):
+        raise SpecError(name, why)
     return value
+
+
+def _why_not_text(value: str) -> str:
+    """Return why a string cannot be given to the kernel, or ""."""
+    if "\0" in value:
+        return "must not contain a NUL character"
+    if value.isascii():
+        return ""
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        return f"must not contain half a surrogate pair, {value[error.start]!r}"
+    return ""
 
 
 def check_number(value: object, name: str, low: int, high: int) -> int:
