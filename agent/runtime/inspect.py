@@ -117,6 +117,7 @@ def ps(call: Call) -> int:
     pids = container.pids()
     if form == "json":
         sys.stdout.write(dumps(pids) if pids else "null")
+        sys.stdout.write("\n")
         return 0
     import subprocess
 

@@ -162,7 +162,7 @@ def test_exec_in_a_paused_container(oci: Oci, sleeper: Path) -> None:
 def test_ps_and_list(oci: Oci, sleeper: Path) -> None:
     assert oci.detached("exec", "-d", "nothere", "true").status == 255
     pid = oci.running(sleeper, NAME)
-    assert json.loads(oci.ok("ps", "-f", "json", NAME)) == [pid]
+    assert oci.ok("ps", "-f", "json", NAME) == f"[{pid}]\n"
     header, line = oci.ok("ps", NAME).splitlines()
     assert header.split()[:2] == ["UID", "PID"] and line.split()[1] == str(pid)
     assert oci.ok("ps", NAME, "-e", "-x").splitlines()[0].split()[0] == "PID"
@@ -228,7 +228,7 @@ def test_sigkill_without_a_pid_namespace_ends_all(oci: Oci, tmp_path: Path, busy
     oci.running(made, NAME)
     wait_until(lambda: len(json.loads(oci.ok("ps", "-f", "json", NAME))) == 3, "no second process")
     oci.ok("kill", NAME, "KILL")
-    wait_until(lambda: oci.ok("ps", "-f", "json", NAME) == "null", "all processes exit")
+    wait_until(lambda: oci.ok("ps", "-f", "json", NAME) == "null\n", "all processes exit")
     oci.ok("delete", NAME)
 
 

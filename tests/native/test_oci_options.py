@@ -296,7 +296,7 @@ def test_ps_of_a_stopped_container(oci: Oci, sleeper: Path) -> None:
     oci.ok("kill", NAME, "9")
     wait_until(lambda: oci.status(NAME) == "stopped", "it stops")
     assert len(oci.ok("ps", NAME).splitlines()) == 1
-    assert oci.ok("ps", "--format=json", NAME) == "null"
+    assert oci.ok("ps", "--format=json", NAME) == "null\n"
     for verb in ("pause", "resume"):
         assert oci(verb, NAME).message == {"pause": "container not running", "resume": "container not paused"}[verb]
     assert oci("events", "--stats", NAME).message == f"container with id {NAME} is not running"
