@@ -180,7 +180,7 @@ class Build:
         return digest_of(
             "image", manifest.plain(self.definition), self.base_key(), self.kernel_key(), self.agent_key(),
             _code(_image_code()),
-            [[name, digest_of_files(source.parent, [source])] for name, source in self.template_files.sources()],
+            self.template_files.digests(),
             [digest_of_files(hook.parent, [hook]) for hook in self.template_files.hooks],
         )  # fmt: skip
 

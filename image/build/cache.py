@@ -65,7 +65,7 @@ def digest_of_files(root: Path, files: list[Path]) -> str:
     for file in sorted(files):
         mode = file.stat().st_mode & 0o111
         data = file.read_bytes()
-        state.update(f"{file.relative_to(root)}\0{mode:o}\0{len(data)}\0".encode())
+        state.update(os.fsencode(f"{file.relative_to(root)}\0{mode:o}\0{len(data)}\0"))
         state.update(data)
     return state.hexdigest()[:24]
 

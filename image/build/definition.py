@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import platform
 import re
 import typing
@@ -201,7 +202,31 @@ def load(
         raise DefinitionError(f"{file}: {definition.distribution} has no kernel sources in packages; name a directory")
     for name in ("image", "tree", "kernel"):
         definition.limits.bytes_of(name)
+    _check_names(definition, file)
     return Loaded(definition, templates)
+
+
+def _check_names(definition: Definition, file: Path) -> None:
+    """Check what becomes a path in the guest's tree, or a word of a package manager's command line."""
+    for key, patterns in (("prune", definition.prune), ("keep", definition.keep)):
+        for pattern in patterns:
+            if not _is_inside(pattern):
+                raise DefinitionError(
+                    f"{file}: {key}: {pattern!r} is not a path in the guest; write usr/share/doc, without a leading /"
+                )
+    for name in definition.files:
+        if not _is_inside(name.lstrip("/")):
+            raise DefinitionError(f"{file}: files: {name!r} is not the path of a file in the guest")
+    for key in ("packages", "busybox", "kernel.package"):
+        value = operator.attrgetter(key)(definition)
+        for name in (value,) if isinstance(value, str) else value:
+            if name.startswith("-") or len(name.split()) > 1:
+                raise DefinitionError(f"{file}: {key}: {name!r} is not the name of a package")
+
+
+def _is_inside(path: str) -> bool:
+    parts = path.split("/")
+    return not ("\0" in path or "" in parts[:1] or ".." in parts or path.strip("./") == "")
 
 
 def _kernel_sources(definition: Definition) -> bool:
@@ -218,6 +243,19 @@ class _Undefined(jinja2.StrictUndefined):
         return super()._undefined_message
 
 
+def rendered(file: Path, values: Mapping[str, Any], environment: jinja2.Environment) -> str:
+    """Render a file by jinja2.  Raises OSError, and DefinitionError with the file's name for anything else."""
+    try:
+        return environment.from_string(file.read_text(encoding="utf-8")).render(values)
+    except UnicodeDecodeError as error:
+        raise DefinitionError(f"{file}: is not UTF-8 at byte {error.start}") from error
+    except OSError:
+        raise
+    except Exception as error:  # expressions in it may raise anything
+        line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise DefinitionError(f"{file}{line}: {error}") from error
+
+
 def _read(file: Path, given: Mapping[str, str], below: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """Read a file's mapping, merged over the template it extends, and the directories of both."""
     file = file.resolve()
@@ -225,14 +263,13 @@ def _read(file: Path, given: Mapping[str, str], below: tuple[Path, ...]) -> tupl
         raise DefinitionError(f"{file}: extends itself, by {' → '.join(map(str, below))}")
     environment = jinja2.Environment(undefined=_Undefined, autoescape=False)
     try:
-        text = environment.from_string(file.read_text()).render(given)
-        document = yaml.safe_load(text)
+        document = yaml.safe_load(rendered(file, given, environment))
     except OSError as error:
         raise DefinitionError(f"the definition cannot be read: {error}") from error
-    except jinja2.TemplateError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that there is not
         raise DefinitionError(f"{file}: {error}") from error
-    except yaml.YAMLError as error:
-        raise DefinitionError(f"{file}: {error}") from error
+    except RecursionError:
+        raise DefinitionError(f"{file}: nested too deeply") from None
     if not isinstance(document, dict):
         raise DefinitionError(f"{file}: the definition must be a mapping")
     parent = document.pop("extends", None)

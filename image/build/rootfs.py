@@ -89,10 +89,16 @@ def owners(packages: Iterable[Package]) -> dict[str, tuple[str, str]]:
 
 
 def prune(tree: Path, patterns: Sequence[str], keep: Sequence[str]) -> None:
-    """Remove what matches a pattern and is not to be kept; keeping a path keeps its parent directories."""
+    """Remove what matches a pattern and is not to be kept; keeping a path keeps its parent directories.
+
+    Nothing is removed behind a link that leaves the tree: an absolute one means the guest's root, not this machine's.
+    """
+    root = tree.resolve()
     for pattern in patterns:
         for path in sorted(tree.glob(pattern)):
             name = str(path.relative_to(tree))
+            if not path.parent.resolve().is_relative_to(root):
+                continue
             if any(fnmatch.fnmatch(name, kept) for kept in keep):
                 continue
             if path.is_dir() and not path.is_symlink():

@@ -49,6 +49,11 @@ def parse_settings(kind: type, document: object, where: str, prefix: str = "") -
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for key, value in document.items():
+        if isinstance(key, str) and key.endswith("+") and key[:-1] in known:  # merge() has left it
+            name = f"{prefix}{key[:-1]}"
+            if typing.get_origin(hints[key[:-1]]) is not tuple:
+                raise DefinitionError(f"{where}: {name} is not a list: {prefix}{key} cannot append to it")
+            raise DefinitionError(f"{where}: {prefix}{key} must be a list of strings, not {value!r}")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known are: {', '.join(known)}"

@@ -11,25 +11,42 @@ from pathlib import Path
 
 from caisson.image.errors import ImageError
 from caisson.image.formats.beneath import FILE, Beneath
-from caisson.image.formats.tree import ROOT, Extent, Node, Tree
+from caisson.image.formats.tree import ROOT, Extent, Node, Tree, split, text
 
 
 def merge_directories(trees: Sequence[Path], extra: Mapping[str, Node]) -> Tree:
     """Merge directories, the last one on top, and further files, as a guest gets them.
 
     Everything in a guest belongs to root, is readable by all, from 1970 and not set-id: neither the builder nor the
-    umask matters.  Of the mode, only the executable bits and a directory's sticky bit are kept.
+    umask matters.  Of the mode, only the executable bits and a directory's sticky bit are kept.  A directory in the
+    place of a link to one is that one: bin/ of a template is in usr/bin.  Raises ImageError, OSError.
     """
     tree = Tree()
     for top in trees:
-        for place, names, files in os.walk(top):
+        for place, names, files in os.walk(top, onerror=_raise):
             base = Path(place)
             for name in [*names, *files]:
                 path = base / name
-                tree.put(os.fsencode(path.relative_to(top)), _guest_node(path))
+                _put(tree, os.fsencode(path.relative_to(top)), _guest_node(path))
     for name, node in extra.items():
         tree.put(os.fsencode(name), node)
     return tree
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _put(tree: Tree, path: bytes, node: Node) -> None:
+    """Put a file of an upper layer; a directory and a file cannot take each other's place."""
+    found = tree.find(path)
+    if found is not None and stat.S_ISLNK(found[1].mode):
+        if node.is_directory and tree.find_directory(split(path)) is not None:
+            return
+    elif found is not None and node.is_directory != found[1].is_directory:
+        below, here = ("a directory", "not one") if found[1].is_directory else ("not a directory", "one")
+        raise ImageError(f"{text(path)}: is {below} in the guest, and {here} in a layer above it; rename yours")
+    tree.put(path, node)
 
 
 def _guest_node(path: Path) -> Node:
@@ -38,6 +55,8 @@ def _guest_node(path: Path) -> Node:
         return Node(stat.S_IFLNK | 0o777, target=os.fsencode(path.readlink()))
     if stat.S_ISDIR(state.st_mode):
         return Node(stat.S_IFDIR | (0o1777 if state.st_mode & stat.S_ISVTX else 0o755))
+    if not stat.S_ISREG(state.st_mode):
+        raise ImageError(f"{path}: is a device, a FIFO or a socket; a guest's image has files, directories and links")
     mode = 0o755 if state.st_mode & stat.S_IXUSR else 0o644
     return Node(stat.S_IFREG | mode, size=state.st_size, file=os.fsencode(path))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from caisson.image.errors import ImageError
 from caisson.image.formats import initrd
 from caisson.image.formats.scan import merge_directories
 from caisson.image.formats.tree import Node
@@ -40,6 +41,25 @@ def members(data: bytes) -> Iterator[tuple[str, list[int], bytes]]:
             assert data[at:].strip(b"\0") == b""
             return
         yield os.fsdecode(name[:-1]), fields, contents
+
+
+def test_a_directory_in_the_place_of_a_link_to_one_is_that_one(tree: Path, tmp_path: Path) -> None:
+    """A template's bin/ must not take the guest's link, and with it /bin/sh, away."""
+    layer = tmp_path / "layer"
+    (layer / "bin").mkdir(parents=True)
+    (layer / "bin/hello").write_text("hi")
+    found = {name: fields[1] for name, fields, _ in members(archive(tree, layer))}
+    assert stat.S_ISLNK(found["bin"]) and "usr/bin/hello" in found and "usr/bin/program" in found
+
+
+def test_a_file_and_a_directory_do_not_take_each_others_place(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "layer").mkdir()
+    (tmp_path / "layer/usr").write_text("x")
+    with pytest.raises(ImageError, match=r"^/usr: is a directory in the guest, and not one in a layer above it"):
+        archive(tree, tmp_path / "layer")
+    (tmp_path / "other/a file").mkdir(parents=True)
+    with pytest.raises(ImageError, match=r"^/a file: is not a directory in the guest, and one in a layer above it"):
+        archive(tree, tmp_path / "other")
 
 
 @pytest.fixture

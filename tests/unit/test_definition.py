@@ -77,8 +77,18 @@ def test_a_definition_of_ones_own(file: Path) -> None:
         ("arch: {{ arch }}", "arch: m68k", "arch is 'm68k'; there are amd64 and arm64"),
         ("suite: {{ suite }}", "suite: trixie", "its suite is fixed to trixie"),
         ("{{ suite }}", "{{ suit }}", "'suit' is undefined"),
-        ("{{ suite }}", "{{ suite", r"image\.yaml: expected token"),
+        ("{{ suite }}", "{{ suite", r"image\.yaml:4: expected token"),
         ("name: small", "name: [", r"image\.yaml: "),
+        ("name: small", "name: {{ 1 / 0 }}", r"image\.yaml: division by zero"),
+        ("name: small", "name: 2026-13-45", r"image\.yaml: month must be in 1..12"),
+        ("name: small", f"name: {'[' * 5000}", r"image\.yaml: nested too deeply"),
+        ("[python3.13-minimal]", "['-y']", "packages: '-y' is not the name of a package"),
+        ("cmdline: quiet", "cmdline: quiet\nprune: [/usr/share]", "prune: '/usr/share' is not a path in the guest"),
+        ("cmdline: quiet", "cmdline: quiet\nkeep: [../x]", r"keep: '\.\./x' is not a path in the guest"),
+        ("cmdline: quiet", "cmdline: quiet\nfiles: {/../../x: image.yaml}", "files: '/../../x' is not the path of"),
+        ("cmdline: quiet", "cmdline: quiet\nfiles: {/: image.yaml}", "files: '/' is not the path of"),
+        ("cmdline: quiet", "cmdline: quiet\nkeep+: usr/bin/x", r"keep\+ must be a list of strings, not 'usr/bin/x'"),
+        ("cmdline: quiet", "cmdline: quiet\ncmdline+: x", r"cmdline is not a list: cmdline\+ cannot append to it"),
     ],
 )
 def test_definition_errors_name_the_setting(file: Path, old: str, new: str, complaint: str) -> None:
@@ -116,6 +126,12 @@ def test_a_setting_that_is_wrong_is_not_blamed_on_the_file(file: Path, given: li
 def test_definition_rejects_other_files(file: Path, text: str, complaint: str) -> None:
     file.write_text(text)
     with pytest.raises(DefinitionError, match=complaint):
+        load(file)
+
+
+def test_a_definition_that_is_not_text(file: Path) -> None:
+    file.write_bytes(WHOLE.encode() + b"# \xff\n")
+    with pytest.raises(DefinitionError, match=r"image\.yaml: is not UTF-8 at byte \d+"):
         load(file)
 
 
