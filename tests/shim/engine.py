@@ -53,9 +53,8 @@ SCRATCH = 64 << 20
 UNPACKED = os.environ.get("CAISSON_DOCKER", "")
 
 SHIM = """#!{python}
-import sys
-from caisson.commands.shim import main
-sys.exit(main())
+from caisson.commands.shim import run_and_exit
+run_and_exit()
 """
 
 

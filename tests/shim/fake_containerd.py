@@ -35,14 +35,14 @@ SERVICES = {2: task_v2_pb2, 3: task_v3_pb2}
 SHIM = f"""#!{sys.executable}
 import sys
 sys.path.insert(0, "{ROOT}")
-from caisson.commands.shim import main
+from caisson.commands.shim import run_and_exit
 class Source:
     def prepare(self):
         pass
     def machines(self, options):
         from tests.shim.native_machines import NativeMachines  # late: `start` is measured
         return NativeMachines()
-sys.exit(main(Source()))
+run_and_exit(Source())
 """
 
 MOUNTS = [

@@ -13,4 +13,6 @@ import sys
 if not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
 
-sys.exit(importlib.import_module(f"{__package__ or 'vhost_user'}.process").main())
+status = importlib.import_module(f"{__package__ or 'vhost_user'}.process").main()
+sys.stderr.flush()
+os._exit(status)  # a VM's end waits for this, and to take down the interpreter takes 6 ms
