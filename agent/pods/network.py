@@ -80,18 +80,22 @@ class Holder:
     """
 
     def __init__(self, namespace: str = "") -> None:
-        """Join the namespace at a path, or create one.  Raises NetworkError."""
+        """Start to join the namespace at a path, or to create one; `open` completes it."""
+        self._named = namespace
         words = ["nsenter", f"--net={namespace}"] if namespace else ["unshare", "--net"]
         words += ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", "echo; exec cat"]
         self._process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
         self._fd = -1
+
+    def open(self) -> None:
+        """Wait until the process is in the namespace.  Raises NetworkError."""
         assert self._process.stdout is not None
         with self._process.stdout as ready:
             if ready.read(1) != b"\n":
                 self.close()
-                raise NetworkError(f"network namespace {namespace or '(new)'}: cannot be joined")
+                raise NetworkError(f"network namespace {self._named or '(new)'}: cannot be joined")
         self._fd = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     @property

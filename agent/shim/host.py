@@ -74,6 +74,11 @@ class PodHost:
             return
         self._starting = threading.Thread(target=self._start_machine, args=size)
         self._starting.start()
+        assert self.holder is not None
+        try:
+            self.holder.open()
+        except network.NetworkError as error:
+            self._error = error
 
     def wait(self) -> PodMachine:
         """Wait for the VM, and return it.

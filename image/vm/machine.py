@@ -78,7 +78,10 @@ class VM(RunningVM):
         accelerator, transport = config.choices()
         report(f"{accelerator.reason}; {transport.reason}")
         if config.snapshot:
-            config.snapshot.check(SnapshotCompatibility.current(config.image, accelerator.name, transport.name))
+            saved_by = config.snapshot.compatibility.qemu  # its supervisor will compare it with QEMU's
+            config.snapshot.check(
+                SnapshotCompatibility.current(config.image, accelerator.name, transport.name, saved_by)
+            )
 
         later = {**shares_to_plug(config), **config.virtiofs}
         shares = {tag: each for tag, each in config.shares.items() if tag not in later}
@@ -153,7 +156,11 @@ class VM(RunningVM):
         """Make a supervisor start the VM."""
         self._connection = SupervisorConnection(supervisor)
         document = config.document(accelerator, transport)
-        program = qemu.probe(qemu.architecture_of(qemu.read_manifest(config.image)[1]))
+        architecture = qemu.architecture_of(qemu.read_manifest(config.image)[1])
+        if config.snapshot:
+            program = qemu.expected(architecture, config.snapshot.compatibility.qemu)
+        else:
+            program = qemu.probe(architecture)
         with contextlib.suppress(OSError):  # the outcome is received below
             self._connection.send(document | {"directory": str(self.directory), "program": vars(program)})
         self._info = self._connection.receive()["info"]
@@ -226,7 +233,9 @@ class VM(RunningVM):
         assert connection is not None and config is not None and config.savable, (
             "only the starter of a savable VM can save it"
         )
-        compatibility = SnapshotCompatibility.current(config.image, self._info["accel"], self._info["vsock"])
+        program = qemu.probe(qemu.architecture_of(qemu.read_manifest(config.image)[1]))
+        here = (self._info["accel"], self._info["vsock"], program.title)
+        compatibility = SnapshotCompatibility.current(config.image, *here)
         snapshot = Snapshot(
             name, snapshot_directory(name), config.image, compatibility, config.memory, config.cpus, config.append
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from caisson.image.vm.errors import VMError
@@ -27,7 +27,7 @@ class QMPError(VMError):
 
 
 class QMP:
-    """A connection to a QEMU, past its greeting.  Events are ignored."""
+    """A connection to a QEMU, past its greeting: ``version`` is what `--version` prints.  Events are ignored."""
 
     def __init__(self, path: Path, timeout: float = 2.0) -> None:
         """Connect; ``timeout`` in seconds is for that, and for each command.  Raises QMPError.
@@ -41,8 +41,10 @@ class QMP:
         self._lines = JSONSocket(connection)
         try:
             connection.connect(str(path))
-            if "QMP" not in self._receive(time.monotonic() + timeout):
+            greeting = self._receive(time.monotonic() + timeout).get("QMP")
+            if greeting is None:
                 raise QMPError(f"{path}: is not QEMU's monitor")
+            self.version = _version(greeting.get("version") or {})
             self.execute("qmp_capabilities")
         except OSError as error:
             self.close()
@@ -84,3 +86,10 @@ class QMP:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _version(document: Mapping[str, Any]) -> str:
+    """Return the version and the distribution's from a greeting (qapi/control.json, VersionInfo), as QEMU prints it."""
+    numbers, package = document.get("qemu") or {}, document.get("package")
+    version = ".".join(str(numbers.get(part)) for part in ("major", "minor", "micro"))
+    return f"{version} ({package})" if package else version

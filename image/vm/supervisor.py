@@ -29,6 +29,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from caisson.image.vm import exit_reason, network, qemu
@@ -42,7 +43,6 @@ from caisson.image.vm.hotplug.virtiofsd import Shares
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.logs import TRIM_INTERVAL, LogRing
 from caisson.image.vm.network import FIRST_UNPRIVILEGED, Publish
-from caisson.image.vm.qmp import QMP, QMPError
 from caisson.image.vm.sandbox import (
     CAP_CHOWN,
     CAP_DAC_OVERRIDE,
@@ -69,8 +69,8 @@ MIN_SUSPENDED = 1.0
 QEMU_FILE_SIZE = 64 << 30
 VSOCK_FILE_SIZE = 1 << 30
 
-#: Seconds for QEMU to answer `quit`.
-QUIT_TIMEOUT = 0.6
+#: Seconds for a request on control.sock to arrive.
+REQUEST_TIMEOUT = 0.6
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -148,7 +148,6 @@ class Supervisor:
         version = tuple(config["program"]["version"])  # JSON has no tuples
         program = qemu.QemuProgram(**config["program"] | {"version": version})
         with directory.qemu_log.open("wb") as log, ChildProcesses(log) as children, contextlib.ExitStack() as stack:
-            children.set_quit("qemu", self._quit_qemu)
             source = Path(config["snapshot"]) if config["snapshot"] else None
             if config["savable"] or (source and transport.name == "user"):
                 self._ram = stack.enter_context(ram.memory_file(config["memory"]))
@@ -222,8 +221,8 @@ class Supervisor:
             self._info["virtiofs"] = shares.served
             self._publish()
             if source:
-                state = (source / "state").read_bytes()
-                migration.restore(directory.qmp_socket, self._scratch, state, lambda: children.is_running("qemu"), plug)
+                running = partial(children.is_running, "qemu")
+                migration.restore(directory.qmp_socket, self._scratch, source, program.title, running, plug)
                 if self._ram:
                     self._ram.close()  # QEMU and the device have it
                     self._ram = None
@@ -280,7 +279,7 @@ class Supervisor:
         with connection, contextlib.suppress(OSError, ValueError):
             lines = JSONSocket(connection, max_fds=1)
             try:
-                question = lines.receive(QUIT_TIMEOUT) or {}
+                question = lines.receive(REQUEST_TIMEOUT) or {}
                 answer = shares.answer(question, lines.fds)
             except VMError as error:
                 answer = {"error": str(error)}
@@ -303,19 +302,10 @@ class Supervisor:
                 self._detached = True
                 return False
             if "save" in message:
-                self._save(message["save"], lambda: children.is_running("qemu"))
+                self._save(message["save"], partial(children.is_running, "qemu"))
             if "ready" in message:
                 self._info |= {"state": "running", "boot_seconds": message["ready"]}
                 self._publish()
-
-    def _quit_qemu(self) -> bool:
-        """Ask QEMU to quit; True if it will."""
-        try:
-            with QMP(self._directory.qmp_socket, QUIT_TIMEOUT) as monitor:
-                monitor.execute("quit")
-        except QMPError:
-            return False
-        return True
 
 
 def qemu_confinement(

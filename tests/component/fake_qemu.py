@@ -38,7 +38,7 @@ if "kvm" in sys.argv:
 if "mute" not in words:
     console.write("line one\\x1b[2J\\nlast words of the guest\\n")
 if "stubborn" in words:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: console.write("ignores a request to exit\\n"))
 if "fail" in words:
     sys.exit("qemu: no such machine")
 if "poweroff" in words:
@@ -53,7 +53,7 @@ if "qmp" in words:
     states = socket.socket(socket.AF_UNIX)
     while True:
         stream = server.accept()[0].makefile("rw", buffering=1)
-        stream.write('{{"QMP": {{}}}}\\r\\n')
+        stream.write('{{"QMP": {{"version": {{"qemu": {{"major": 9, "minor": 9, "micro": 9}}}}}}}}\\r\\n')
         for line in stream:
             request = json.loads(line)
             command, path = request["execute"], request.get("arguments", {{}}).get("uri", "")[5:]
@@ -66,9 +66,6 @@ if "qmp" in words:
                 states.bind(path)
                 states.listen()
             stream.write('{{"event": "STOP"}}\\r\\n{{"return": {{"status": "completed"}}}}\\r\\n')
-            if command == "quit":
-                print("quits as it was asked to", file=sys.stderr)
-                sys.exit(0)
 time.sleep(1000)
 """
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from caisson.image.vm.jsonsocket import MAX_LINE
+from caisson.image.vm.qemu import ARCHITECTURES, probe
 from caisson.image.vm.qmp import QMP, QMPError
 from tests.component.fake_qemu import monitor_of
 
@@ -107,6 +108,7 @@ def test_a_real_qemu(tmp_path: Path) -> None:
     with subprocess.Popen([*words, "-qmp", f"unix:{path},server=on,wait=off"]) as qemu:
         try:
             with monitor_of(path) as monitor:
+                assert monitor.version == probe(ARCHITECTURES["amd64"]).title
                 assert monitor.execute("query-status")["running"] is True
                 with pytest.raises(QMPError, match="nonsense") as caught:
                     monitor.execute("nonsense")

@@ -141,9 +141,8 @@ def test_it_is_starting_until_it_is_ready(image: Images) -> None:
     assert vm.info["state"] == "running"  # the last known state
 
 
-def test_qemu_is_asked_to_quit_before_anything_else(image: Images) -> None:
-    vm = start(image("qmp stubborn"))
-    wait_until((vm.directory / "qmp.sock").exists)
+def test_qemu_is_not_asked_to_exit(image: Images) -> None:
+    vm = start(image("stubborn"))
     ended: list[str] = []
 
     def follow() -> None:
@@ -153,15 +152,12 @@ def test_qemu_is_asked_to_quit_before_anything_else(image: Images) -> None:
 
     follower = threading.Thread(target=follow)
     follower.start()
-    began = time.monotonic()
     found = find_vm("v")
     assert found is not None
     found.stop()
-    assert time.monotonic() - began < 2  # SIGTERM would have been ignored
     follower.join()
     assert "it was stopped" in ended[0]
-    assert "monitor: quit" in ended[0]
-    assert "quits as it was asked to" in ended[0]
+    assert "a request to exit" not in ended[0]
     vm.stop()
 
 

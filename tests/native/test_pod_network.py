@@ -47,6 +47,8 @@ class PluggedMachine:
 @pytest.fixture
 def pod() -> Iterator[Holder]:
     holder, outside = Holder(), Holder()
+    for each in (holder, outside):
+        each.open()
     for line in CNI.replace("OUTSIDE", str(outside.pid)).strip().splitlines():
         ip(holder.namespace, *line.split())
     yield holder

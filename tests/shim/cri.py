@@ -192,6 +192,7 @@ def cri(crictl: Path, configuration: str = CONFIGURATION, programs: Sequence[Pat
     place = Path(tempfile.mkdtemp(prefix="cs-"))  # short, for sockets
     process = None
     node = Holder()
+    node.open()
     try:
         run(node.namespace, "ip", "link", "set", "lo", "up")
         environment = environment_of(place, PACKAGES, configuration)

@@ -56,15 +56,22 @@ def save(monitor: Path, scratch: Path, alive: Callable[[], bool]) -> bytes:
 def restore(
     monitor: Path,
     scratch: Path,
-    state: bytes,
+    snapshot: Path,
+    version: str,
     alive: Callable[[], bool],
     plug: Iterable[tuple[str, dict[str, Any]]] = (),
 ) -> None:
-    """Restore a state into a QEMU that waits for it (-incoming defer), and run the guest.
+    """Restore the state of a snapshot into a QEMU that waits for it (-incoming defer), and run the guest.
 
-    ``plug``: commands that add devices before the guest resumes; the others are as above.  Raises VMError.
+    ``version`` is the one that has saved it; ``plug``: commands that add devices before the guest resumes; the others
+    are as above.  Raises VMError.
     """
+    state = (snapshot / "state").read_bytes()
     with _connect(monitor, alive) as qemu:
+        if qemu.version != version:
+            from caisson.image.vm.snapshot.snapshot import TITLES, misfit
+
+            raise misfit(snapshot.name, TITLES["qemu"], version, qemu.version)
         qemu.execute("migrate-set-capabilities", CAPABILITIES)
         qemu.execute("migrate-incoming", {"uri": f"unix:{scratch}"})
         try:

@@ -55,13 +55,13 @@ class SnapshotCompatibility(Record):
     vsock: str
 
     @classmethod
-    def current(cls, image: Path, accel: str, vsock: str) -> Self:
-        """Return the properties of a guest with this image on this machine.  Raises VMError."""
+    def current(cls, image: Path, accel: str, vsock: str, qemu_title: str) -> Self:
+        """Return the properties of a guest with this image and QEMU on this machine.  Raises VMError."""
         text, manifest = qemu.read_manifest(image)
         architecture = qemu.architecture_of(manifest)
         cpu = architecture.cpu(accel) + (f", {_host_cpu()}" if accel == "kvm" else "")
         digest = hashlib.sha256(text.encode()).hexdigest()[:24]
-        return cls(digest, qemu.probe(architecture).title, architecture.machine, accel, cpu, vsock)
+        return cls(digest, qemu_title, architecture.machine, accel, cpu, vsock)
 
 
 #: Names of the fields in errors.
@@ -125,9 +125,12 @@ class Snapshot(Record):
         for field, title in TITLES.items():
             saved, found = getattr(self.compatibility, field), getattr(here, field)
             if saved != found:
-                raise VMError(
-                    f"snapshot {self.name!r} does not fit: {title} was {saved}, and is {found}; {_way_out(self.name)}"
-                )
+                raise misfit(self.name, title, saved, found)
+
+
+def misfit(name: str, title: str, saved: str, found: str) -> VMError:
+    """Return the error for a snapshot that cannot be restored here, as something has changed."""
+    return VMError(f"snapshot {name!r} does not fit: {title} was {saved}, and is {found}; {_way_out(name)}")
 
 
 def check_name(name: str) -> str:

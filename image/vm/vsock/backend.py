@@ -30,7 +30,7 @@ from caisson.proto.record import Record
 HERE = Path(__file__).resolve().parent
 
 #: The program of each kind of device.
-BACKENDS = {"user": "vhost_user", "vhost": "relay.py"}
+BACKENDS = {"user": "vhost_user/__main__.py", "vhost": "relay.py"}
 
 #: With our own device VMs are isolated from each other, so all use the same context id.
 USER_CID = 3
