@@ -1,6 +1,6 @@
 """Keep the reason why a VM exited: its user may not be its starter, and its directory is gone.
 
-<cache>/ended/<digest>-<name>     kept for a day, or until a VM of this name is started; the digest is of its run root
+<cache>/ended/<directory>     kept for a day, or until a VM of this name is started; slashes of its path are "%2F"
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import time
 from pathlib import Path
 
-from caisson.image.build.cache import default_root, digest_of
+from caisson.image.build.cache import default_root
 from caisson.image.vm.directory import VMDirectory
 
 #: Reasons of intended exits.
@@ -69,4 +69,4 @@ def describe(directory: VMDirectory) -> str:
 
 
 def _file(directory: VMDirectory) -> Path:
-    return default_root() / "ended" / f"{digest_of(str(directory.path.parent))}-{directory.name}"
+    return default_root() / "ended" / str(directory.path).replace("%", "%25").replace("/", "%2F")
