@@ -61,6 +61,9 @@ if "qmp" in words:
             if command == "migrate":
                 states.connect(path)
                 states.sendall(b"state")
+                if "endless" in words and os.fork() == 0:
+                    while True:
+                        states.sendall(bytes(1 << 20))
                 states.close()
             elif command == "migrate-incoming":
                 states.bind(path)

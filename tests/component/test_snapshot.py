@@ -25,7 +25,7 @@ from caisson.image.vm.snapshot.snapshot import (
     snapshot_directory,
     store,
 )
-from tests.component.fake_qemu import make_image, nothing_left
+from tests.component.fake_qemu import install, make_image, nothing_left
 from tests.component.test_vm_qemu import sleeping_kernel
 from tests.unit.test_qemu import MANIFEST, after
 
@@ -232,6 +232,19 @@ def test_a_state_that_is_none_is_an_end_and_leaves_nothing(image: Path, tmp_path
     (snapshot.directory / "state").write_bytes(b"no state at all" * 100)
     with pytest.raises(VMError, match=r"could not be restored|QEMU"):
         VM.start(VMConfig.clone(snapshot, accel="tcg", vsock="user"), ready=lambda _: False, timeout=60)
+    nothing_left(tmp_path / "r")
+
+
+def test_a_state_without_end_is_not_received(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAISSON_RUN", str(tmp_path / "r"))
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    install(tmp_path / "bin")
+    config = VMConfig(make_image(tmp_path / "image", "qmp endless"), name="v", accel="tcg", vsock="user", savable=True)
+    with (
+        VM.start(config, ready=lambda _: True) as vm,
+        pytest.raises(VMError, match="could not be saved: QEMU sent more than 64 MiB"),
+    ):
+        vm.save("t")
     nothing_left(tmp_path / "r")
 
 

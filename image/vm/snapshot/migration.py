@@ -25,6 +25,9 @@ MIGRATION_TIMEOUT = 60.0
 #: Polling interval in seconds, for states that QEMU does not announce.
 POLL_INTERVAL = 0.005
 
+#: Maximum bytes of a state.
+MAX_STATE = 64 << 20
+
 CAPABILITIES = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
 
 
@@ -44,13 +47,23 @@ def save(monitor: Path, scratch: Path, alive: Callable[[], bool]) -> bytes:
             connection, _ = server.accept()
             with connection:
                 connection.settimeout(scaled(MIGRATION_TIMEOUT))
-                parts = list(iter(lambda: connection.recv(1 << 20), b""))
+                state = _receive(connection)
             _completed(qemu, "saved")
         except OSError as error:
             raise VMError(f"the guest's state could not be saved: {error.strerror or error}") from error
         finally:
             scratch.unlink(missing_ok=True)
-    return b"".join(parts)
+    return state
+
+
+def _receive(connection: socket.socket) -> bytes:
+    """Receive a state up to its end.  Raises OSError, and VMError for one that is too large."""
+    state = bytearray()
+    while data := connection.recv(1 << 20):
+        state += data
+        if len(state) > MAX_STATE:
+            raise VMError(f"the guest's state could not be saved: QEMU sent more than {MAX_STATE >> 20} MiB")
+    return bytes(state)
 
 
 def restore(
