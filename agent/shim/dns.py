@@ -70,17 +70,9 @@ class DnsForwarder:
             self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
+        with contextlib.closing(writer), contextlib.suppress(network.NetworkError, OSError):
             upstream = await asyncio.to_thread(network.inside, self._namespace, _connected)
-            there = await asyncio.open_connection(sock=upstream)
-        except (network.NetworkError, OSError):
-            writer.close()
-            return
-        try:
-            with contextlib.suppress(OSError):
-                await join((reader, writer), there)
-        finally:
-            writer.close()
+            await join((reader, writer), await asyncio.open_connection(sock=upstream))
 
 
 class _Relay:

@@ -61,16 +61,9 @@ def _listen() -> socket.socket:
 
 
 async def _serve(address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
+    with contextlib.closing(writer), contextlib.suppress(OSError):
         original = writer.get_extra_info("socket").getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)
         _, port = struct.unpack_from("!HH", original)
         async with asyncio.timeout(CONNECT_TIMEOUT):
             there = await asyncio.open_connection(address, port)
-    except (OSError, TimeoutError):
-        writer.close()
-        return
-    try:
-        with contextlib.suppress(OSError):
-            await join((reader, writer), there)
-    finally:
-        writer.close()
+        await join((reader, writer), there)
