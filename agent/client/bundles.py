@@ -11,51 +11,8 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from caisson.agent.base.syscalls import CAPABILITIES
 from caisson.agent.client.errors import UsageError
-
-ALL_CAPABILITIES = (
-    "CAP_AUDIT_CONTROL",
-    "CAP_AUDIT_READ",
-    "CAP_AUDIT_WRITE",
-    "CAP_BLOCK_SUSPEND",
-    "CAP_BPF",
-    "CAP_CHECKPOINT_RESTORE",
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_DAC_READ_SEARCH",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_IPC_LOCK",
-    "CAP_IPC_OWNER",
-    "CAP_KILL",
-    "CAP_LEASE",
-    "CAP_LINUX_IMMUTABLE",
-    "CAP_MAC_ADMIN",
-    "CAP_MAC_OVERRIDE",
-    "CAP_MKNOD",
-    "CAP_NET_ADMIN",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_NET_BROADCAST",
-    "CAP_NET_RAW",
-    "CAP_PERFMON",
-    "CAP_SETFCAP",
-    "CAP_SETGID",
-    "CAP_SETPCAP",
-    "CAP_SETUID",
-    "CAP_SYSLOG",
-    "CAP_SYS_ADMIN",
-    "CAP_SYS_BOOT",
-    "CAP_SYS_CHROOT",
-    "CAP_SYS_MODULE",
-    "CAP_SYS_NICE",
-    "CAP_SYS_PACCT",
-    "CAP_SYS_PTRACE",
-    "CAP_SYS_RAWIO",
-    "CAP_SYS_RESOURCE",
-    "CAP_SYS_TIME",
-    "CAP_SYS_TTY_CONFIG",
-    "CAP_WAKE_ALARM",
-)
 
 #: Docker's default set (moby, oci/caps).
 PERMITTED_CAPABILITIES = {
@@ -226,7 +183,7 @@ def _process(process: dict[str, Any], privileged: bool, warn: Warn) -> None:
     for kind, names in sets.items():
         field = f"process.capabilities.{kind}"
         sets[kind] = [str(name).upper() for name in _list(names, field)]
-        for name in [name for name in sets[kind] if name not in ALL_CAPABILITIES]:
+        for name in [name for name in sets[kind] if name not in CAPABILITIES]:
             warn(f"config.json: {field}: {name[:40]}: left out: it is unknown")
             sets[kind].remove(name)
         for name in sets[kind]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from caisson.agent.base.syscalls import CAPABILITIES
 from caisson.agent.client import bundles
 from caisson.agent.client.caller import PATH, terminal_env
 from caisson.agent.client.errors import UsageError
@@ -195,7 +196,7 @@ def _set_capabilities(process: Document, linux: Document, options: RunOptions) -
     sets = process.get("capabilities") or {}
     held = set(sets.get("bounding") or ())
     if options.privileged:
-        held = set(bundles.ALL_CAPABILITIES)
+        held = set(CAPABILITIES)
         linux["maskedPaths"], linux["readonlyPaths"] = [], []
         linux.pop("seccomp", None)
     added, dropped = _capabilities(options.cap_add), _capabilities(options.cap_drop)
@@ -214,8 +215,8 @@ def _capabilities(names: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for name in _upper(names):
         if name == "ALL":
-            found |= set(bundles.ALL_CAPABILITIES)
-        elif f"CAP_{name}" in bundles.ALL_CAPABILITIES:
+            found |= set(CAPABILITIES)
+        elif f"CAP_{name}" in CAPABILITIES:
             found.add(f"CAP_{name}")
         else:
             raise UsageError(f"capability {name!r}: unknown; capabilities(7) lists them, e.g. NET_ADMIN")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from caisson.agent.base.syscalls import CAPABILITIES
 from caisson.agent.client import bundles, seccomp
 from caisson.agent.client.caller import PATH, ROOT
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from caisson.proto.kata1 import oci_pb2
 
 #: Docker's default set (moby profiles), without CAP_MKNOD: the runtime creates /dev.
-CAPABILITIES = sorted(bundles.PERMITTED_CAPABILITIES - {"CAP_MKNOD"})
+DEFAULT_CAPABILITIES = sorted(bundles.PERMITTED_CAPABILITIES - {"CAP_MKNOD"})
 
 MOUNTS = [
     ("/proc", "proc", "proc", "nosuid,noexec,nodev"),
@@ -85,7 +86,7 @@ def container_document(
         "terminal": terminal,
         "user": {"uid": 0, "gid": 0},
         "noNewPrivileges": True,
-        "capabilities": {kind: list(CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
+        "capabilities": {kind: list(DEFAULT_CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
     }
     return {
         "ociVersion": "1.2.0",
@@ -118,7 +119,7 @@ def guest_document(
             "env": [f"{PATH}:{busybox}/bin", "HOME=/", *env],
             "cwd": cwd,
             "user": dict(user),
-            "capabilities": {kind: list(bundles.ALL_CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
+            "capabilities": {kind: list(CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
         },
         "linux": {"namespaces": [{"type": kind} for kind in ("mount", "ipc", "uts")]},
     }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 from caisson.agent.base.json import JsonError, loads
+from caisson.agent.base.syscalls import CAPABILITIES
 from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Spec, ignoring_unknown
-from caisson.agent.libcontainer.plan.capabilities import CAPABILITIES
 from caisson.agent.runtime.errors import CommandError
 
 TYPE_CHECKING = False

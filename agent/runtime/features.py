@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 from caisson.agent.base.json import dumps
+from caisson.agent.base.syscalls import CAPABILITIES
 from caisson.agent.libcontainer.config.scheduling import MEMORY_FLAGS, MEMORY_MODES
 from caisson.agent.libcontainer.config.seccomp import ACTIONS, ARCHITECTURES, COMPARISONS, FLAGS
 from caisson.agent.libcontainer.config.spec import NAMESPACE_TYPES
-from caisson.agent.libcontainer.plan.capabilities import CAPABILITIES
 from caisson.agent.libcontainer.plan.mounts import ATTRIBUTES, IDMAP, PROPAGATION, WITHOUT_EFFECT
 from caisson.agent.libcontainer.state import OCI_VERSION
 from caisson.agent.runtime.main import VERSION

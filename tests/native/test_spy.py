@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.agent.client.specs import CAPABILITIES
+from caisson.agent.client.specs import DEFAULT_CAPABILITIES
 from caisson.agent.libcontainer.plan.capabilities import capability_mask
 from caisson.proto.kata1 import oci_pb2
 from tests.native.agent_support import RunningAgent, output
@@ -42,7 +42,7 @@ async def test_a_process_being_made_gives_no_way_into_the_guest(
     there is nothing of the guest's to find: only the container's root and privileges, a socket or pipe, and the
     program, which cannot be written to.
     """
-    mask = capability_mask(CAPABILITIES, "") | capability_mask(["CAP_SYS_PTRACE"], "")
+    mask = capability_mask(DEFAULT_CAPABILITIES, "") | capability_mask(["CAP_SYS_PTRACE"], "")
     spec = agent.spec("/mnt/spy", f"{mask:x}")
     spec.Mounts.append(oci_pb2.Mount(destination="/mnt", type="bind", source=str(spy), options=["rbind", "ro"]))
     if kind != "root":

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from caisson.agent import client
-from caisson.agent.client import bundles, specs
+from caisson.agent.base.syscalls import CAPABILITIES
+from caisson.agent.client import specs
 from caisson.proto.caisson import caisson_pb2
 
 #: Where the container has the guest's root mounted.
@@ -29,9 +30,7 @@ def document() -> dict[str, Any]:
     for mount in spec["mounts"]:
         mount["options"] = [option for option in mount["options"] if option != "ro"]
     spec["process"]["noNewPrivileges"] = False
-    spec["process"]["capabilities"] = {
-        kind: list(bundles.ALL_CAPABILITIES) for kind in ("bounding", "effective", "permitted")
-    }
+    spec["process"]["capabilities"] = {kind: list(CAPABILITIES) for kind in ("bounding", "effective", "permitted")}
     spec["linux"] |= {
         "maskedPaths": [],
         "readonlyPaths": [],

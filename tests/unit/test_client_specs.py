@@ -15,7 +15,7 @@ from caisson.agent.client.caller import user_document
 from caisson.agent.client.copy import Location
 from caisson.agent.client.run_specs import RunOptions, env_file, image_document, size
 from caisson.agent.client.seccomp import default_profile
-from caisson.agent.client.specs import CAPABILITIES, MEMORY_SHARE, confine, container_document
+from caisson.agent.client.specs import DEFAULT_CAPABILITIES, MEMORY_SHARE, confine, container_document
 from caisson.agent.client.wire_specs import to_kata3, to_wire
 from caisson.agent.libcontainer.config.seccomp import Seccomp
 from caisson.agent.libcontainer.config.spec import Spec
@@ -154,7 +154,7 @@ def test_root_is_not_looked_up() -> None:
 
 
 def test_the_default_profile_is_one_that_libcontainer_reads() -> None:
-    profile = Seccomp.from_json(default_profile(CAPABILITIES), "seccomp")
+    profile = Seccomp.from_json(default_profile(DEFAULT_CAPABILITIES), "seccomp")
     permitted = {name for rule in profile.rules for name in rule.names if not rule.conditions}
     assert {"read", "chroot"} <= permitted
     forbidden = {"keyctl", "add_key", "io_uring_setup", "userfaultfd", "bpf", "mount", "setns", "unshare", "clone"}
