@@ -20,6 +20,7 @@ from caisson.agent.libcontainer import cgroups
 from caisson.agent.libcontainer.process.fork_server import ForkServer
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
+from caisson.agent.libcontainer.process.starter import Starter
 from caisson.agent.model.sandbox import Sandbox
 from caisson.agent.model.waits import AsyncioWaits
 from caisson.agent.rpc.dispatch import Service
@@ -77,7 +78,9 @@ class Services:
         self._nsexec = Nsexec.seal(Path(options.nsexec))
         waits = AsyncioWaits()
         self._launcher = ProcessLauncher(
-            self._nsexec, reaper, waits, log, verbose=log.enabled("debug"), server=ForkServer(self._nsexec, reaper)
+            Starter(
+                self._nsexec, reaper, waits, log, verbose=log.enabled("debug"), server=ForkServer(self._nsexec, reaper)
+            )
         )
         self._sandbox = Sandbox(
             self._launcher,

@@ -225,7 +225,6 @@ class Container:
             cgroups={} if cgroup is None else cgroup.paths,
             procfs=procfs,
             filter=filter,
-            hooks=None if spec.hooks == type(spec.hooks)() else launcher.runtime_hooks(spec, container_id, bundle),
         )
         return container, launched
 

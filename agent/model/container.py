@@ -24,7 +24,6 @@ from caisson.agent.base.errors import (
 )
 from caisson.agent.libcontainer.cgroups.base import CgroupError, signal_pid
 from caisson.agent.libcontainer.config.resources import Resources
-from caisson.agent.libcontainer.config.spec import Hooks
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.launch import Launch
@@ -145,7 +144,6 @@ class Container:
                 cgroups={} if self._cgroup is None else self._cgroup.paths,
                 procfs=procfs,
                 filter=self._filter,
-                hooks=None if self.spec.hooks == Hooks() else launcher.runtime_hooks(self.spec, self.id, bundle),
             )
 
         self._hooks_may_have_run = True

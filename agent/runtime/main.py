@@ -94,12 +94,15 @@ class Call:
             from caisson.agent.libcontainer.process.children import OwnChildren
             from caisson.agent.libcontainer.process.launcher import ProcessLauncher
             from caisson.agent.libcontainer.process.nsexec import Nsexec
+            from caisson.agent.libcontainer.process.starter import Starter
             from caisson.agent.runtime.program import find
 
             nsexec = Nsexec.seal(find())
             self.log("debug", "runc exeseal: using /proc/self/exe clone")
             self._launcher = ProcessLauncher(
-                nsexec, OwnChildren(), self.runtime.waits, self._nsexec_log, timeout=None, verbose=self.log.verbose
+                Starter(
+                    nsexec, OwnChildren(), self.runtime.waits, self._nsexec_log, timeout=None, verbose=self.log.verbose
+                )
             )
         return self._launcher
 

@@ -36,6 +36,7 @@ from caisson.agent.libcontainer.process.fork_server import ForkServer
 from caisson.agent.libcontainer.process.launch import Launch, Stdio
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
+from caisson.agent.libcontainer.process.starter import Starter
 from caisson.agent.model.reaper import Child, Reaper
 from caisson.agent.model.waits import AsyncioWaits
 from tests.bench.rows import Row, table
@@ -95,7 +96,9 @@ class Ours:
         self._nsexec = Nsexec.seal(work / "nsexec")
         self._server = ForkServer(self._nsexec, self._reaper)
         self._launcher = ProcessLauncher(
-            self._nsexec, self._reaper, AsyncioWaits(), lambda *_, **__: None, verbose=False, server=self._server
+            Starter(
+                self._nsexec, self._reaper, AsyncioWaits(), lambda *_, **__: None, verbose=False, server=self._server
+            )
         )
         self._null = os.open("/dev/null", os.O_RDWR)
         self._bundle = bundle

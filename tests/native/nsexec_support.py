@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from caisson.agent.libcontainer.config.process import Process
-from caisson.agent.libcontainer.config.spec import Hooks, Spec
+from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.process.launch import Launch, Launched, Stdio
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
+from caisson.agent.libcontainer.process.starter import Starter
 from caisson.agent.model.waits import AsyncioWaits
 
 T = TypeVar("T")
@@ -131,11 +132,13 @@ class Box:
         self.reaper = Reaper(self.loop)
         self.lines: list[str] = []
         self.launcher = ProcessLauncher(
-            nsexec,
-            self.reaper,
-            AsyncioWaits(),
-            lambda level, text, container: self.lines.append(f"{container} {level} {text}"),
-            timeout=timeout,
+            Starter(
+                nsexec,
+                self.reaper,
+                AsyncioWaits(),
+                lambda level, text, container: self.lines.append(f"{container} {level} {text}"),
+                timeout=timeout,
+            )
         )
         self.fifo = path / "exec.fifo"
         self.specs: dict[int, tuple[Spec, dict[str, str], bytes]] = {}  # by an init's pid
@@ -166,7 +169,6 @@ class Box:
         cgroup, join = keywords.pop("cgroup", None), keywords.pop("join", {})
         stdio = keywords.pop("stdio", None if terminal else Stdio(null, null, null))
         more = {name: keywords.pop(name) for name in ("pivot", "keyring") if name in keywords}
-        hooks = self.launcher.runtime_hooks(spec, "box", str(self.path)) if spec.hooks != Hooks() else None
         try:
             arguments: dict[str, Any] = {
                 "bundle": str(self.path),
@@ -175,7 +177,6 @@ class Box:
                 "start_gate": str(self.fifo),
                 "cgroups": {} if cgroup is None else cgroup.paths,
                 "filter": await self.launcher.filter(spec.linux.seccomp),
-                "hooks": hooks,
                 **keywords,
             }
             with contextlib.nullcontext({}) if cgroup is None else cgroup.join_fds() as fds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import time
@@ -75,7 +76,7 @@ def agents_box(box: Box) -> Iterator[Box]:
     reaper = AgentsReaper()
     with Signals(box.loop) as signals:
         reaper.start(signals)
-        box.launcher.starter._children = box.launcher._children = reaper
+        box.launcher.starter.children = reaper
         yield box
         box.run(asyncio.sleep(0))
     assert children() == []
@@ -263,7 +264,7 @@ async def test_a_hook_that_never_stops_talking_is_not_listened_to_for_longer(age
 @pytest.mark.parametrize("point", CREATE)
 async def test_a_hook_without_a_timeout_is_waited_for_until_nobody_wants_it(agents_box: Box, point: str) -> None:
     box = agents_box
-    box.launcher.starter._timeout = 0.5  # nsexec's own time, which excludes hooks
+    box.launcher.starter.timeout = 0.5  # nsexec's own time, which excludes hooks
     value = with_hooks("true", **{point: [sh(f"touch {box.path}/began; {SLEEP} & wait")]})
 
     container = life(box, value)
@@ -290,6 +291,17 @@ async def test_a_hook_need_not_read_and_may_leave_somebody_behind(agents_box: Bo
     pid = int((box.path / "daemon").read_text())
     os.kill(pid, 9)
     os.waitpid(pid, 0) if pid in children() else None  # noqa: ASYNC222 - it was killed
+
+
+async def test_a_hook_that_cannot_be_watched_is_killed(agents_box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pidfd_open(pid: int) -> int:
+        raise OSError(errno.ENFILE, "")
+
+    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
+    runner = agents_box.launcher.hooks
+    with pytest.raises(LaunchError, match="error running poststop hook #0: /bin/sh: too many open files in system"):
+        await runner.run("poststop", Spec.from_json(with_hooks("true", poststop=[sh(SLEEP)])).hooks.poststop, "{}")
+    assert sleepers() == []
 
 
 def test_a_state_that_does_not_fit_for_those_inside(box: Box) -> None:

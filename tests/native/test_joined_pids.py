@@ -150,7 +150,7 @@ async def test_one_that_is_killed_before_its_start(box: Box) -> None:
 
 async def test_without_cgroups_what_the_agent_started_ends_with_the_container(box: Box) -> None:
     reaper = Reaper()
-    box.launcher.starter._children = box.launcher._children = reaper
+    box.launcher.starter.children = reaper
     (box.path / "box").mkdir()
     spec = Spec.from_json(config("sh", "-c", "read x"))
     assert spec.root is not None

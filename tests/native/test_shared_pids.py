@@ -211,12 +211,14 @@ from pathlib import Path
 from caisson.agent.base.signals import Signals
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
+from caisson.agent.libcontainer.process.starter import Starter
 from caisson.agent.model.reaper import Reaper
 from caisson.agent.model.waits import AsyncioWaits
 async def main():
     reaper = Reaper()
     reaper.start(Signals(asyncio.get_running_loop()))
-    launcher = ProcessLauncher(Nsexec.seal(Path(sys.argv[1])), reaper, AsyncioWaits(), lambda *_, **__: None)
+    nsexec = Nsexec.seal(Path(sys.argv[1]))
+    launcher = ProcessLauncher(Starter(nsexec, reaper, AsyncioWaits(), lambda *_, **__: None))
     print((await launcher.pause(sys.argv[2], sys.argv[3], {})).pid, flush=True)
     await asyncio.sleep(1000)
 asyncio.run(main())

@@ -40,6 +40,7 @@ from caisson.agent.libcontainer.process import seccomp_bpf
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.libseccomp import LIBRARY, Libseccomp
 from caisson.agent.libcontainer.process.seccomp_bpf import AARCH64, ARM, DIRECT, X32, X32_BIT, X86, X86_64
+from caisson.agent.libcontainer.process.starter import Starter
 from caisson.agent.model.reaper import Reaper
 from caisson.agent.model.waits import AsyncioWaits
 from tests.support.bpf import Instructions, instructions, run
@@ -322,7 +323,7 @@ def test_flags_come_first() -> None:
 
 async def test_other_work_continues_while_a_long_profile_is_compiled() -> None:
     rules = tuple(Rule(("read",), (ALLOW, ERRNO | 1)[value % 2], (Condition(0, EQ, value),)) for value in range(600))
-    launcher = ProcessLauncher(cast("Nsexec", None), Reaper(), AsyncioWaits(), Log("error"))
+    launcher = ProcessLauncher(Starter(cast("Nsexec", None), Reaper(), AsyncioWaits(), Log("error")))
     compiling = asyncio.ensure_future(launcher.filter(Seccomp(KILL_PROCESS, rules=rules)))
     turns = 0
     while not compiling.done():

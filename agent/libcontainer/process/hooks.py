@@ -63,7 +63,7 @@ class RuntimeHooks:
     """A configuration's hooks while its container is created.
 
     `outside` is whether any run in the runtime's namespaces.  `state` is the input of those inside (see `state`);
-    `create_timeout` and `start_timeout` are their total timeouts in seconds, None for no limit.
+    `create_timeout` is the total timeout of createContainer hooks in seconds, None for no limit.
     """
 
     def __init__(self, runner: HookRunner, spec: Spec, container_id: str, bundle: str) -> None:
@@ -74,7 +74,6 @@ class RuntimeHooks:
         self.outside = bool(spec.hooks.prestart or spec.hooks.create_runtime)
         self.state = state(container_id, bundle, spec.annotations)
         self.create_timeout = total_timeout(spec.hooks.create_container)
-        self.start_timeout = total_timeout(spec.hooks.start_container)
 
     async def run(self, pid: int) -> None:
         """Run those in the runtime's namespaces, once the container's exist.  Raises LaunchError."""
@@ -103,14 +102,16 @@ class _HookProcess:
     async def run(self, document: bytes) -> None:
         """Run it.  Raises LaunchError."""
         child = self._spawn(document)
-        pidfd = os.pidfd_open(child.pid)  # nothing was awaited since: it has not been reaped
         try:
-            ended = await self._follow(pidfd)
+            ended = await self._follow(child.pid)
+        except OSError as error:
+            _kill_group(child.pid)
+            await child.wait()
+            raise self._error(reason(error.errno or 0), error.errno or 0) from error
         except BaseException:
             _kill_group(child.pid)
             raise
         finally:
-            os.close(pidfd)
             self._drain()
             self._close()
         if not ended:
@@ -121,16 +122,20 @@ class _HookProcess:
         if status != 0:
             raise self._error(f"signal: {signal_name(status - 128)}" if status > 128 else f"exit status {status}")
 
-    async def _follow(self, pidfd: int) -> bool:
-        """Read its output until it exits; False on timeout."""
+    async def _follow(self, pid: int) -> bool:
+        """Read its output until it exits; False on timeout.  Raises OSError."""
+        pidfd = os.pidfd_open(pid)  # nothing was awaited since the spawn: it has not been reaped
         deadline = Deadline(self._hook.timeout)
-        while True:
-            fds = [pidfd] if self._stdout < 0 else [pidfd, self._stdout]
-            if not await self._waits.readable(*fds, seconds=deadline.left):
-                return False
-            self._drain()
-            if await self._waits.readable(pidfd, seconds=0):
-                return True
+        try:
+            while True:
+                fds = [pidfd] if self._stdout < 0 else [pidfd, self._stdout]
+                if not await self._waits.readable(*fds, seconds=deadline.left):
+                    return False
+                self._drain()
+                if await self._waits.readable(pidfd, seconds=0):
+                    return True
+        finally:
+            os.close(pidfd)
 
     def _spawn(self, document: bytes) -> Child:
         """Start it, as the leader of its own session.  Uses posix_spawn: an agent has threads and must not fork."""

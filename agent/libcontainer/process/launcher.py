@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from caisson.agent.libcontainer.config.spec import Hooks
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.plan import plan, users
 from caisson.agent.libcontainer.plan.wire import EncodingError
@@ -21,43 +22,21 @@ if TYPE_CHECKING:
 
     from caisson.agent.libcontainer.config.process import Process
     from caisson.agent.libcontainer.config.seccomp import Seccomp
-    from caisson.agent.libcontainer.config.spec import Hooks, Spec
+    from caisson.agent.libcontainer.config.spec import Spec
     from caisson.agent.libcontainer.intel_rdt import ResctrlGroup
-    from caisson.agent.libcontainer.process.children import Child, Children
-    from caisson.agent.libcontainer.process.fork_server import ForkServer
+    from caisson.agent.libcontainer.process.children import Child
     from caisson.agent.libcontainer.process.hooks import HookRunner, RuntimeHooks
     from caisson.agent.libcontainer.process.init_process import InitProcess
     from caisson.agent.libcontainer.process.listener import Listener
     from caisson.agent.libcontainer.process.net_devices import NetDevice
-    from caisson.agent.libcontainer.process.nsexec import Nsexec
-    from caisson.agent.libcontainer.waits import Waits
-
-    Log = Callable[..., None]
 
 
 class ProcessLauncher:
-    """Start processes in containers.
+    """Start processes in containers."""
 
-    `log(level, message, container=…)` gets nsexec's log lines, those of level debug only if `verbose`.  nsexec is
-    killed after `timeout` seconds; None waits forever.  `server` is the fork server, if any.
-    """
-
-    def __init__(
-        self,
-        nsexec: Nsexec,
-        children: Children,
-        waits: Waits,
-        log: Log,
-        *,
-        timeout: float | None = 30.0,
-        verbose: bool = True,
-        server: ForkServer | None = None,
-    ) -> None:
-        self.starter = Starter(nsexec, children, waits, log, timeout=timeout, verbose=verbose, server=server)
-        self._children = children
-        self._waits = waits
-        self._log = log
-        self._timeout = timeout
+    def __init__(self, starter: Starter) -> None:
+        self.starter = starter
+        self._log = starter.log
 
     async def filter(self, profile: Seccomp | None) -> bytes:
         """Compile a seccomp filter; empty without a profile.  Raises SpecError.
@@ -68,7 +47,7 @@ class ProcessLauncher:
             return b""
         from caisson.agent.libcontainer.process.seccomp_bpf import program  # late: few processes have one
 
-        return await self._waits.work(lambda: program(profile))
+        return await self.starter.waits.work(lambda: program(profile))
 
     async def create(
         self,
@@ -82,18 +61,18 @@ class ProcessLauncher:
         cgroups: Mapping[str, str] = NOTHING,
         procfs: str | None = None,
         filter: bytes = b"",
-        hooks: RuntimeHooks | None = None,
     ) -> Launched:
         """Set up a container's init process up to where it waits at `start_gate`, which is created here (gate.py).
 
         `join` maps namespace types to paths to join; `cgroups` are the container's cgroup directories by controllers;
-        `procfs` is a mount of the pid namespace's procfs, if one is joined; `filter` is a seccomp filter; `hooks` run
-        as configured.  Nothing is left on failure.  Raises SpecError or LaunchError.
+        `procfs` is a mount of the pid namespace's procfs, if one is joined; `filter` is a seccomp filter.  Nothing is
+        left on failure.  Raises SpecError or LaunchError.
         """
         process = spec.process
         devices = _net_devices(spec)
         map_programs, setgroups = users.map_writers(spec.linux)
         namespaces = plan.init_namespaces(spec, join)
+        hooks = None if spec.hooks == Hooks() else self._runtime_hooks(spec, launch.container_id, bundle)
 
         def messages() -> bytes:
             # No process of the container is running yet that could serve the files of its users itself.
@@ -195,10 +174,10 @@ class ProcessLauncher:
         if rootfs and (known := users.look_up_at_once(process, root, rootfs)) is not None:
             return known
         try:
-            return await self._waits.work(lambda: users.look_up(process, root), seconds=self._timeout)
+            return await self.starter.waits.work(lambda: users.look_up(process, root), seconds=self.starter.timeout)
         except TimeoutError:
             raise LaunchError(
-                f"process.user: the container's /etc/passwd was not read within {self._timeout:g} s", step="user"
+                f"process.user: the container's /etc/passwd was not read within {self.starter.timeout:g} s", step="user"
             ) from None
 
     async def start(self, start_gate: str, pid: int, pidfd: int, hooks: Hooks) -> None:
@@ -207,13 +186,13 @@ class ProcessLauncher:
         Raises LaunchError if the init has exited, was already started, or its program cannot be executed; an init that
         takes too long, not counting its startContainer hooks, is killed.
         """
-        timeout: float | None = self._timeout
+        timeout: float | None = self.starter.timeout
         if hooks.start_container:
             from caisson.agent.libcontainer.process.hooks import total_timeout
 
             timeout = with_hooks(timeout, total_timeout(hooks.start_container))
         try:
-            await gate.open_and_follow(start_gate, pid, pidfd, self._waits, timeout)
+            await gate.open_and_follow(start_gate, pid, pidfd, self.starter.waits, timeout)
         except TimeoutError:
             kill(pidfd)
             raise too_late(timeout) from None
@@ -223,9 +202,9 @@ class ProcessLauncher:
         """The runner of hooks in the runtime's namespaces."""
         from caisson.agent.libcontainer.process.hooks import HookRunner  # late: most containers have none
 
-        return HookRunner(self._children, self._waits)
+        return HookRunner(self.starter.children, self.starter.waits)
 
-    def runtime_hooks(self, spec: Spec, container_id: str, bundle: str) -> RuntimeHooks:
+    def _runtime_hooks(self, spec: Spec, container_id: str, bundle: str) -> RuntimeHooks:
         """Return the hooks of a configuration while its container is created."""
         from caisson.agent.libcontainer.process.hooks import RuntimeHooks
 

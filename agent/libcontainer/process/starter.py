@@ -30,7 +30,7 @@ class Starter:
     """Spawn nsexec and follow it.
 
     `log(level, message, container=…)` gets its log lines, those of level debug only if `verbose`.  It is killed after
-    `timeout` seconds; None waits forever.
+    `timeout` seconds; None waits forever.  `server` is the fork server, if any.
     """
 
     def __init__(
@@ -40,16 +40,16 @@ class Starter:
         waits: Waits,
         log: Log,
         *,
-        timeout: float | None,
-        verbose: bool,
+        timeout: float | None = 30.0,
+        verbose: bool = True,
         server: ForkServer | None = None,
     ) -> None:
         self._nsexec = nsexec
         self.server = server
-        self._children = children
-        self._waits = waits
-        self._log = log
-        self._timeout = timeout
+        self.children = children
+        self.waits = waits
+        self.log = log
+        self.timeout = timeout
         self._verbose = verbose
 
     async def start(
@@ -75,11 +75,11 @@ class Starter:
         an init in ``namespaces`` (plan.init_namespaces).  Nothing is left on failure.  Raises LaunchError, and what
         ``messages`` raises.
         """
-        with self._children.expecting():
+        with self.children.expecting():
             started = InitProcess(
-                self._children,
-                self._waits,
-                lambda level, message: self._log(level, message, container=launch.container_id),
+                self.children,
+                self.waits,
+                lambda level, message: self.log(level, message, container=launch.container_id),
                 terminal=terminal,
                 announced=launch.announced,
             )
@@ -120,7 +120,7 @@ class Starter:
         try:
             self.server.request(_numbers(launch.stdio), fds, settings)
         except OSError as error:
-            self._log(
+            self.log(
                 "warning",
                 f"fork server: {reason(error.errno or 0)}; nsexec is spawned instead",
                 container=launch.container_id,
@@ -146,7 +146,7 @@ class Starter:
         """Do the runtime's part while nsexec waits before pivot_root; return the timeout for the rest."""
         channel = started.channel
         if devices or (hooks is not None and hooks.outside):
-            await self._follow(started, lambda: channel.at_hooks or channel.ended, self._timeout)
+            await self._follow(started, lambda: channel.at_hooks or channel.ended, self.timeout)
         if channel.at_hooks:
             pid = (started.child or started.stages[-1]).pid
             if devices:
@@ -157,8 +157,8 @@ class Starter:
                 await hooks.run(pid)
             channel.release_init()
         if hooks is None:
-            return self._timeout
-        return with_hooks(self._timeout, hooks.create_timeout)
+            return self.timeout
+        return with_hooks(self.timeout, hooks.create_timeout)
 
     async def _set_up(self, started: InitProcess, timeout: float | None, *, until_exec: bool) -> None:
         """Follow nsexec to the end of setup.  Raises LaunchError."""
@@ -184,16 +184,16 @@ class Starter:
         try:
             channel.release_init()
             while started.child is None and not channel.ended:
-                if deadline.left == 0 or not await self._waits.readable(channel.fileno(), fd, seconds=deadline.left):
+                if deadline.left == 0 or not await self.waits.readable(channel.fileno(), fd, seconds=deadline.left):
                     raise too_late(timeout)
                 # The pid arrives before any notification of the process itself: earlier ones are the stage's.
-                asks = await self._waits.readable(fd, seconds=0)
+                asks = await self.waits.readable(fd, seconds=0)
                 channel.on_readable()
                 if asks and started.child is None:
                     listener.let_through(fd)
             if started.child is not None:
                 pid = started.child.pid
-                await self._waits.work(lambda: listener.send(fd, pid))
+                await self.waits.work(lambda: listener.send(fd, pid))
         finally:
             os.close(fd)
 
@@ -212,7 +212,7 @@ class Starter:
         channel.release_init()
 
     async def _follow(self, started: InitProcess, reached: Callable[[], bool], timeout: float | None) -> None:
-        if not await started.channel.follow(self._waits, reached, timeout):
+        if not await started.channel.follow(self.waits, reached, timeout):
             raise too_late(timeout)
 
     async def _exit_description(self, started: InitProcess) -> str:
@@ -221,7 +221,7 @@ class Starter:
         if last is None:
             return "nsexec could not be started"
         fds = started.pidfds()
-        if not fds or not await self._waits.readable(fds[-1], seconds=CLEANUP_TIMEOUT):
+        if not fds or not await self.waits.readable(fds[-1], seconds=CLEANUP_TIMEOUT):
             return "nsexec broke off"
         status = await last.wait()
         return f"nsexec was killed by signal {status - 128}" if status > 128 else f"nsexec ended with status {status}"
