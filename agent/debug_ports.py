@@ -147,11 +147,11 @@ class DebugConsole:
                 child.signal(signal.SIGKILL)
             await child.wait()
 
-    async def on_console(self, path: str = "/dev/console") -> None:
+    async def on_console(self) -> None:
         """Run a shell on the machine's console, restarting it until cancelled."""
         while True:
             try:
-                await self._spawn(path).wait()
+                await self._spawn("/dev/console").wait()
             except OSError as error:
                 self._log("error", "no shell on the console", error=str(error))
                 return

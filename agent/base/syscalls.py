@@ -109,18 +109,18 @@ def swapon(path: str | os.PathLike[str], flags: int = 0) -> None:
     _check(_libc().swapon(_bytes(path), flags), os.fspath(path))
 
 
-def finit_module(fd: int, parameters: str = "", flags: int = 0) -> None:
+def finit_module(fd: int, parameters: str = "") -> None:
     """Load a kernel module from an open file: finit_module(2).  Raises OSError."""
-    result = _libc().syscall(_number("finit_module"), fd, parameters.encode(), flags)
+    result = _libc().syscall(_number("finit_module"), fd, parameters.encode(), 0)
     _check(result, "finit_module")
 
 
-def openat2(dir_fd: int, path: str | os.PathLike[str], flags: int, mode: int = 0, resolve: int = 0) -> int:
-    """Open a file with resolve flags, close-on-exec: openat2(2).  Raises OSError."""
+def openat2(dir_fd: int, path: str | os.PathLike[str], flags: int, resolve: int) -> int:
+    """Open an existing file with resolve flags, close-on-exec: openat2(2).  Raises OSError."""
     import ctypes
     from struct import pack
 
-    how = pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    how = pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
     result = _libc().syscall(_OPENAT2, dir_fd, _bytes(path), how, ctypes.c_size_t(len(how)))
     return _check(result, os.fspath(path))
 

@@ -31,12 +31,12 @@ MAX_ATTEMPTS = 5
 CALL_TIMEOUT = 60.0
 
 
-async def personalize(agent: Agent, hostname: str, machine_id: str = "") -> None:
+async def personalize(agent: Agent, hostname: str) -> None:
     """Give a clone its own host name, machine id, entropy and clock, before its first container starts.
 
-    ``machine_id``: 32 hexadecimal digits, random by default.  Raises AgentError.
+    Raises AgentError.
     """
-    identity = caisson_pb2.IdentifyRequest(hostname=hostname, machine_id=machine_id or uuid.uuid4().hex)
+    identity = caisson_pb2.IdentifyRequest(hostname=hostname, machine_id=uuid.uuid4().hex)
     await asyncio.gather(
         agent.rpc.ReseedRandomDev(agent_pb2.ReseedRandomDevRequest(data=os.urandom(ENTROPY_BYTES)), CALL_TIMEOUT),
         agent.guest.Identify(identity, CALL_TIMEOUT),

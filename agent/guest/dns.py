@@ -18,9 +18,7 @@ SOURCE = "/run/kata-containers/sandbox/resolv.conf"
 class Resolver:
     """The guest's resolv.conf.  It is read-only, so another one is bind-mounted over it, which containers then see."""
 
-    def __init__(self, target: str = TARGET, source: str = SOURCE) -> None:
-        self._target = target
-        self._source = source
+    def __init__(self) -> None:
         self._set = False
 
     def set(self, lines: Sequence[str]) -> bool:
@@ -30,17 +28,17 @@ class Resolver:
         """
         if not lines:
             return True
-        if not os.path.lexists(self._target):
+        if not os.path.lexists(TARGET):
             return False
         try:
-            os.makedirs(os.path.dirname(self._source), mode=0o755, exist_ok=True)  # noqa: PTH103, PTH120
-            fd = os.open(self._source, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            os.makedirs(os.path.dirname(SOURCE), mode=0o755, exist_ok=True)  # noqa: PTH103, PTH120
+            fd = os.open(SOURCE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             with open(fd, "w") as file:  # noqa: PTH123 - no pathlib at start
                 file.write("\n".join(line.strip() for line in lines) + "\n")
-            syscalls.mount(self._source, self._target, None, syscalls.MS_BIND)
+            syscalls.mount(SOURCE, TARGET, None, syscalls.MS_BIND)
         except OSError as error:
             self._forget_source()
-            raise SystemCallFailed(f"{self._target}: {os.strerror(error.errno or 0).lower()}") from error
+            raise SystemCallFailed(f"{TARGET}: {os.strerror(error.errno or 0).lower()}") from error
         self._set = True
         return True
 
@@ -50,14 +48,14 @@ class Resolver:
             return
         self._set = False
         try:
-            syscalls.umount2(self._target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+            syscalls.umount2(TARGET, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
         except OSError:
             pass  # already unmounted
         self._forget_source()
 
     def _forget_source(self) -> None:
         try:
-            os.unlink(self._source)  # noqa: PTH108
-            os.removedirs(os.path.dirname(self._source))  # noqa: PTH120 - those that are empty now
+            os.unlink(SOURCE)  # noqa: PTH108
+            os.removedirs(os.path.dirname(SOURCE))  # noqa: PTH120 - those that are empty now
         except OSError:
             pass

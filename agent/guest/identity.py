@@ -14,7 +14,7 @@ from caisson.agent.base.syscalls import MS_BIND
 MACHINE_ID, WRITABLE = "/etc/machine-id", "/run/machine-id"
 
 
-def identify(hostname: str, machine_id: str, where: str = MACHINE_ID, kept: str = WRITABLE) -> None:
+def identify(hostname: str, machine_id: str, kept: str = WRITABLE) -> None:
     """Set host name and machine id.  Raises InvalidArgument or SystemCallFailed."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", hostname):
         raise InvalidArgument(f"{hostname!r} is not a valid host name")
@@ -24,7 +24,7 @@ def identify(hostname: str, machine_id: str, where: str = MACHINE_ID, kept: str 
         socket.sethostname(hostname)
         with open(kept, "w") as file:  # noqa: PTH123 - as everywhere in the guest
             file.write(f"{machine_id}\n")
-        if os.path.exists(where) and not os.path.samefile(where, kept):  # noqa: PTH110, PTH121
-            syscalls.mount(kept, where, None, MS_BIND)
+        if os.path.exists(MACHINE_ID) and not os.path.samefile(MACHINE_ID, kept):  # noqa: PTH110, PTH121
+            syscalls.mount(kept, MACHINE_ID, None, MS_BIND)
     except OSError as error:
         raise SystemCallFailed(f"the guest could not be identified: {os.strerror(error.errno or 0).lower()}") from error

@@ -19,12 +19,12 @@ RECORD = 8192
 CLOCK_RECORDS = 3
 
 
-def read_kernel_log(device: str = DEVICE) -> str:
+def read_kernel_log() -> str:
     """Return all records, from the oldest still in the buffer to our own clock records.
 
     Raises OSError.
     """
-    fd = os.open(device, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         for _ in range(CLOCK_RECORDS):
             os.write(fd, f"<7>{CLOCK_LINE} {now()}\n".encode())

@@ -9,11 +9,7 @@ INIT = "unable to start container process: error during container init:"
 
 
 class CommandError(Exception):
-    """A command that failed; str() is the message that callers match.  `status` None means the command's usual one."""
-
-    def __init__(self, message: str, status: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
+    """A command that failed; str() is the message that callers match."""
 
 
 def is_of_program(error: BaseException) -> bool:

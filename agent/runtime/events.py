@@ -6,8 +6,8 @@ import sys
 
 from caisson.agent.base.json import dumps
 from caisson.agent.libcontainer.state import STOPPED
+from caisson.agent.libcontainer.waits import complete
 from caisson.agent.runtime.errors import CommandError
-from caisson.agent.runtime.main import run
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ def _follow(call: Call, name: str, cgroup: Cgroup, interval: float) -> None:
     try:
         while cgroup.exists:
             if watch is None or watch.fileno() < 0:
-                run(waits.sleep(deadline.left or 0))
+                complete(waits.sleep(deadline.left or 0))
             else:
                 delay = deadline.left if watch.delay is None else min(watch.delay, deadline.left or 0)
-                if run(waits.readable(watch.fileno(), seconds=delay)):
+                if complete(waits.readable(watch.fileno(), seconds=delay)):
                     watch.on_readable()
                 elif watch.delay is not None:
                     watch.on_timeout()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from caisson.agent.base.json import JsonError, loads
 from caisson.agent.libcontainer.state import PAUSED, STOPPED
+from caisson.agent.libcontainer.waits import complete
 from caisson.agent.runtime.bundle import read_config, read_process
 from caisson.agent.runtime.errors import CommandError
-from caisson.agent.runtime.main import run
 from caisson.agent.runtime.stdio import ProcessIO, listen_environment
 
 TYPE_CHECKING = False
@@ -57,7 +57,7 @@ def _run(call: Call, container: Container, process: Process, config: Identity | 
     with ProcessIO(call, process, detach=detach) as io:
         with ExecCgroup(container, call.options.texts("cgroup")) as cgroup_fds:
             launch = Launch(container.id, io.stdio, cgroup_fds, io.preserved, io.announced, on_host=True)
-            launched = run(container.exec(process, launch))
+            launched = complete(container.exec(process, launch))
         io.launched(launched)
         if config is not None:
             from caisson.agent.runtime.prepared import write_front_exec

@@ -11,8 +11,8 @@ from caisson.agent.libcontainer.container import Container
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import STOPPED, State
 from caisson.agent.libcontainer.state_directory import ContainerError, ContainerLock, DoesNotExist, remove_directory
+from caisson.agent.libcontainer.waits import complete
 from caisson.agent.runtime.errors import CommandError
-from caisson.agent.runtime.main import run as complete
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ def run(call: Call) -> int:
 
 def _leaves_orphans(spec: Spec) -> bool:
     """Return whether orphans may be left: those in a pid namespace of its own have the container's init as parent."""
-    return not spec.linux.has_new_pids or spec.hooks != type(spec.hooks)()
+    from caisson.agent.libcontainer.config.spec import Hooks
+
+    return not spec.linux.has_new_pids or spec.hooks != Hooks()
 
 
 def _bundle(call: Call) -> Bundle:

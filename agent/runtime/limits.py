@@ -7,9 +7,9 @@ import sys
 from caisson.agent.base.json import JsonError, loads
 from caisson.agent.libcontainer.config.spec import ignoring_unknown
 from caisson.agent.libcontainer.state_directory import ContainerLock
+from caisson.agent.libcontainer.waits import complete
 from caisson.agent.runtime.bundle import normalize_resources
 from caisson.agent.runtime.errors import CommandError
-from caisson.agent.runtime.main import run
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def pause(call: Call) -> int:
     """Suspend all processes of a container."""
     container = call.container()
     with ContainerLock(container.directory):
-        run(container.pause())
+        complete(container.pause())
     return 0
 
 
@@ -48,7 +48,7 @@ def resume(call: Call) -> int:
     """Resume all processes of a container."""
     container = call.container()
     with ContainerLock(container.directory):
-        run(container.resume())
+        complete(container.resume())
     return 0
 
 
@@ -69,7 +69,7 @@ def update(call: Call) -> int:
         memory["swap"] = -1  # memory and swap together cannot have a limit when memory has none
     ignoring_unknown(lambda: Resources.from_json(changes), lambda text: call.log("debug", text))
     with ContainerLock(container.directory):
-        run(container.update(changes))
+        complete(container.update(changes))
     return 0
 
 

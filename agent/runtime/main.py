@@ -13,21 +13,19 @@ from caisson.agent.libcontainer.container import Container, Runtime
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import OCI_VERSION
 from caisson.agent.libcontainer.state_directory import ContainerError
-from caisson.agent.runtime.errors import CommandError
+from caisson.agent.libcontainer.waits import BlockingWaits
+from caisson.agent.runtime.errors import CommandError, is_of_program, sentence
 from caisson.agent.runtime.log import Log
 from caisson.agent.runtime.options import OptionError, Values, parse
 from caisson.agent.runtime.verbs import GLOBAL, HELP, VERBS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
-    from typing import Any, TypeVar
+    from collections.abc import Callable, Sequence
 
     from caisson.agent.libcontainer.cgroups import Hierarchy
     from caisson.agent.libcontainer.process.launcher import ProcessLauncher
     from caisson.agent.runtime.verbs import Verb
-
-    T = TypeVar("T")
 
 #: Version of the command line that callers expect, not of this program: they compare it to decide what to use.
 VERSION = "1.3.0"
@@ -53,7 +51,7 @@ class Call:
         self.is_rootless = self.rootless == "true" or (self.rootless == "auto" and is_ordinary_user())
         self._launcher: ProcessLauncher | None = None
         self._hierarchy: list[Hierarchy | None] = []
-        self.runtime = Runtime(self.root, waits(), self._make_launcher, self.hierarchy, self.warn, _saved)
+        self.runtime = Runtime(self.root, BlockingWaits(), self._make_launcher, self.hierarchy, self.warn, _saved)
 
     def warn(self, message: str) -> None:
         """Log a warning."""
@@ -112,20 +110,6 @@ def _saved(container: Container) -> None:
     from caisson.agent.runtime.prepared import write_front_state
 
     write_front_state(container)
-
-
-def waits() -> Any:
-    """Return blocking waits: the program has nothing else to do."""
-    from caisson.agent.libcontainer.waits import BlockingWaits
-
-    return BlockingWaits()
-
-
-def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine of libcontainer to completion."""
-    from caisson.agent.libcontainer.waits import complete
-
-    return complete(work)
 
 
 def default_root() -> str:
@@ -227,19 +211,13 @@ def _run_command(call: Call) -> int:
         if call.systemd and verb.name in ("create", "run", "exec", "update"):
             check_systemd()
         return int(_function(verb)(call) or 0)
-    except CommandError as error:
-        call.log.error(verb.prefix + str(error))
-        return verb.status if error.status is None else error.status
     except EXPECTED as error:
-        from caisson.agent.runtime.errors import is_of_program, sentence
-
         if is_of_program(error) and verb.name == "run":
             os.write(2, f"{error}\n".encode())  # as the process itself would
         else:
             call.log.error(verb.prefix + sentence(error))
     except Exception as error:
         from caisson.agent.libcontainer.cgroups.base import CgroupError
-        from caisson.agent.runtime.errors import sentence
 
         if not isinstance(error, CgroupError):  # a bug: callers read only the log
             import traceback

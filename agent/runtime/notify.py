@@ -56,7 +56,7 @@ class NotifyListener:
         if self._socket is None:
             return
         from caisson.agent.libcontainer.state_directory import ContainerError
-        from caisson.agent.runtime.main import run
+        from caisson.agent.libcontainer.waits import complete
 
         try:
             pidfd = self._container.pidfd()
@@ -65,8 +65,8 @@ class NotifyListener:
         waits = self._container.runtime.waits
         try:
             while True:
-                run(waits.readable(self._socket.fileno(), pidfd))
-                if not run(waits.readable(self._socket.fileno(), seconds=0)):
+                complete(waits.readable(self._socket.fileno(), pidfd))
+                if not complete(waits.readable(self._socket.fileno(), seconds=0)):
                     return  # it has exited
                 lines = self._socket.recv(4096).split(b"\n")
                 ready = next((line for line in lines if line.startswith(b"READY=")), None)

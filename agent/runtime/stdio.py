@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from caisson.agent.libcontainer.process.launch import Stdio
+from caisson.agent.libcontainer.waits import complete
 from caisson.agent.runtime.errors import CommandError
-from caisson.agent.runtime.main import run
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ProcessIO:
         self._close_child_ends()
         self._pidfd = launched.pidfd
         for stage in launched.stages:  # as zombies they would count as processes of the container
-            run(stage.wait())
+            complete(stage.wait())
         if launched.console is not None:
             self._console = launched.console
             if self._console_socket:
@@ -99,7 +99,7 @@ class ProcessIO:
         if path:
             write_pid_file(path, launched.child.pid)
 
-    def follow(self, pid: int, *, reap_all: bool = True) -> int:
+    def follow(self, pid: int) -> int:
         """Copy the streams and pass on signals until the process exits; return its status."""
         from caisson.agent.runtime.foreground import Foreground
 

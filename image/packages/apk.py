@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from caisson.image.errors import ImageError
@@ -65,21 +65,19 @@ class Apk:
         architecture: str,
         mirror: str,
         keys: Path,
-        repositories: Sequence[str] = REPOSITORIES,
     ) -> None:
         self.directory = directory
         self.suite = suite
         self.architecture = ARCHITECTURES[architecture]
         self.mirror = mirror.rstrip("/")
         self.keys = keys
-        self.repositories = repositories
         self._index = Index([])
 
     def update(self) -> None:
         """Fetch the indexes.  Raises ImageError if the mirror fails, and Untrusted for an invalid signature."""
         (self.directory / "apks").mkdir(parents=True, exist_ok=True)
         entries: list[Entry] = []
-        for name in self.repositories:
+        for name in REPOSITORIES:
             place = f"{self.mirror}/{self.suite}/{name}/{self.architecture}"
             found = read_index(_get(f"{place}/APKINDEX.tar.gz", MAX_INDEX), self.keys, f"{place}/APKINDEX.tar.gz")
             entries += (

@@ -30,10 +30,9 @@ QEMU_EXIT_TIMEOUT = 20.0
 class ChildProcesses:
     """Child processes by name.  As a context manager it ends them all, last one first."""
 
-    def __init__(self, log: IO[bytes], grace: float = TERM_TIMEOUT) -> None:
-        """``log`` gets their stdout and stderr; a helper has ``grace`` seconds to exit."""
+    def __init__(self, log: IO[bytes]) -> None:
+        """``log`` gets their stdout and stderr."""
         self._log = log
-        self._grace = grace
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._pidfds: dict[int, str] = {}  # readable when the child has exited
         self._helpers: set[str] = set()
@@ -109,7 +108,7 @@ class ChildProcesses:
         process = self._processes[name]
         if name not in KILLED:
             process.terminate()
-        if name in KILLED or not self._ended(name, self._grace):
+        if name in KILLED or not self._ended(name, TERM_TIMEOUT):
             process.kill()
         process.wait()
         del self._processes[name]

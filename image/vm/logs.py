@@ -29,9 +29,8 @@ FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 class LogRing:
     """The logs of a VM."""
 
-    def __init__(self, files: Sequence[Path], size: int = MAX_LOG) -> None:
+    def __init__(self, files: Sequence[Path]) -> None:
         self._files = files
-        self._size = size
         self._trimmed: dict[Path, int] = {}  # up to where
         import ctypes  # late: only a supervisor needs it
 
@@ -44,8 +43,8 @@ class LogRing:
             try:
                 size = file.stat().st_size
                 start = self._trimmed.get(file, 0)
-                if size - start > self._size + SLACK:
-                    self._punch(file, start, size - self._size)
+                if size - start > MAX_LOG + SLACK:
+                    self._punch(file, start, size - MAX_LOG)
             except OSError:
                 pass
 

@@ -41,11 +41,10 @@ class TreeTooLarge(Exception):
 class Watched:
     """A directory or file kept in sync with another one."""
 
-    def __init__(self, source: str, target: str, log: Log, interval: float = POLL_INTERVAL) -> None:
+    def __init__(self, source: str, target: str, log: Log) -> None:
         self._source = source
         self._target = target
         self._log = log
-        self._interval = interval
         self._seen: dict[str, Stamp] = {}
         self._task: asyncio.Task[None] | None = None
         self._bound = False
@@ -75,7 +74,7 @@ class Watched:
 
     async def _watch(self) -> None:
         while not self._bound:
-            await asyncio.sleep(self._interval)
+            await asyncio.sleep(POLL_INTERVAL)
             try:
                 await asyncio.to_thread(self._update_or_bind)
             except (OSError, SystemCallFailed) as error:  # probably in the middle of a change: the next poll will tell

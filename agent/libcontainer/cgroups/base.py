@@ -352,9 +352,9 @@ def signal_pid(pid: int, number: int) -> None:
         os.close(pidfd)
 
 
-def own_cgroups(file: str = "/proc/self/cgroup") -> dict[str, str]:
+def own_cgroups() -> dict[str, str]:
     """Read this process's cgroups by controllers ("cpu,cpuacct", "name=systemd"; "" is version 2)."""
-    with open(file, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
+    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
         rows = (line.rstrip("\n").split(":", 2) for line in lines)
         return {name: path for _, name, path in rows}
 

@@ -87,11 +87,11 @@ class Reader:
             return default
         return check_text(value, self.name(key))
 
-    def flag(self, key: str, default: bool = False) -> bool:
-        """Read a boolean."""
+    def flag(self, key: str) -> bool:
+        """Read a boolean, False when absent."""
         value = self.raw(key)
         if value is None:
-            return default
+            return False
         if not isinstance(value, bool):
             raise SpecError(self.name(key), f"must be true or false, not {value!r}")
         return value

@@ -140,9 +140,9 @@ def check_name(name: str) -> str:
     return name
 
 
-def snapshot_directory(name: str, root: Path | None = None) -> Path:
+def snapshot_directory(name: str) -> Path:
     """Return the directory of a snapshot.  Raises VMError for an invalid name."""
-    return _cache(root).root / STEP / check_name(name)
+    return _cache(None).root / STEP / check_name(name)
 
 
 def has_printed_ready(agent_socket: Path) -> bool:
