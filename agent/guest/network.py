@@ -345,9 +345,8 @@ def _request_of(route: Route, indexes: dict[str, int]) -> _RouteRequest:
         raise SystemCallFailed(f"Could not add/replace {what}: IPv4 and IPv6 in one")
     if not 0 <= route.scope <= 255:
         raise SystemCallFailed(f"Could not add/replace {what}: scope {route.scope} is not between 0 and 255")
-    family = FAMILIES[
-        versions.pop() if versions else route.version or 4
-    ]  # a default of nothing but a device is ipvlan's
+    # A default route without any address, through a device alone, is ipvlan's.
+    family = FAMILIES[versions.pop() if versions else route.version or 4]
     fixed = rt.ROUTE.pack(family, length, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, route.scope, RTN_UNICAST, route.flags)
     return _RouteRequest(fixed=fixed, attributes=attributes, what=what)
 

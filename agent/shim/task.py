@@ -25,7 +25,7 @@ from caisson.agent.shim.errors import ShimError, not_found
 from caisson.agent.shim.events import Publisher, stamp, task_exit
 from caisson.agent.shim.options import shim_cgroup
 from caisson.agent.shim.pod import Pod
-from caisson.agent.shim.process import STOPPED, Process
+from caisson.agent.shim.process import CREATED, RUNNING, STOPPED, Process
 from caisson.agent.shim.spec import fill, guest_spec
 from caisson.proto.containerd import events_pb2, task_v2_pb2, tasks_pb2
 from caisson.proto.kata3 import agent_pb2
@@ -210,12 +210,12 @@ class TaskService:
         if process.exited_at:
             await process.exited.wait()  # its exit is published before its deletion
         if request.exec_id:
-            if process.status != STOPPED and process.status != tasks_pb2.CREATED:
+            if process.status not in (STOPPED, CREATED):
                 raise ShimError(StatusCode.FAILED_PRECONDITION, f"process {request.exec_id}: is running")
             await process.close()
             del container.execs[request.exec_id]
         else:
-            if process.status == tasks_pb2.CREATED:
+            if process.status == CREATED:
                 await self._end_unstarted(container, KILLED)
             ends_pod = not self._sandboxed and (container.owner or len(self._containers) == 1)
             await container.remove(guest_ends=ends_pod)
@@ -250,7 +250,7 @@ class TaskService:
     async def State(self, request: Any) -> Any:
         container = self._container(request.id)
         process = container.process(request.exec_id)
-        paused = container.paused and process.status == tasks_pb2.RUNNING
+        paused = container.paused and process.status == RUNNING
         response = task_v2_pb2.StateResponse(
             id=request.id, bundle=str(container.bundle.path), pid=self._pid, exec_id=request.exec_id,
             status=tasks_pb2.PAUSED if paused else process.status, stdin=process.stdin, stdout=process.stdout,
@@ -270,7 +270,7 @@ class TaskService:
     async def Kill(self, request: Any) -> Any:
         container = self._container(request.id)
         process = container.process(request.exec_id)
-        if process.status == tasks_pb2.CREATED and not request.exec_id:
+        if process.status == CREATED and not request.exec_id:
             await self._end_unstarted(container, 128 + request.signal)
         elif request.all and not request.exec_id:
             await container.kill_all(request.signal)

@@ -15,7 +15,7 @@ import pytest
 
 from caisson.agent.client import Agent
 from caisson.agent.libcontainer.cgroups import CgroupError, files
-from caisson.agent.libcontainer.cgroups.v1.cgroup import CgroupOfV1, CgroupV1
+from caisson.agent.libcontainer.cgroups.v1.cgroup import CgroupV1, HierarchyV1
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.errors import LaunchError
@@ -33,14 +33,14 @@ MAJOR, MINOR = map(int, DISK.split(":"))
 
 
 @pytest.fixture
-def hierarchies() -> CgroupV1:
-    found = CgroupV1.find(unique("caisson-v1"))
+def hierarchies() -> HierarchyV1:
+    found = HierarchyV1.find(unique("caisson-v1"))
     assert found is not None, "this machine has no cgroup v1 hierarchies"
     return found
 
 
 @pytest.fixture
-def cgroup(hierarchies: CgroupV1) -> Iterator[CgroupOfV1]:
+def cgroup(hierarchies: HierarchyV1) -> Iterator[CgroupV1]:
     made = hierarchies.create("test")
     yield made
     asyncio.run(made.kill())
@@ -49,13 +49,13 @@ def cgroup(hierarchies: CgroupV1) -> Iterator[CgroupOfV1]:
         assert not Path(root, unique("caisson-v1")).exists()
 
 
-def content(cgroup: CgroupOfV1, file: str) -> str:
+def content(cgroup: CgroupV1, file: str) -> str:
     path = cgroup.file(file)
     assert path is not None
     return Path(path).read_text().strip()
 
 
-def put_in(cgroup: CgroupOfV1, *argv: str, **options: Any) -> subprocess.Popen[bytes]:
+def put_in(cgroup: CgroupV1, *argv: str, **options: Any) -> subprocess.Popen[bytes]:
     """Put a process in all of the cgroup's hierarchies."""
 
     def enter() -> None:
@@ -75,11 +75,11 @@ def test_finds_every_hierarchy_with_a_controller(tmp_path: Path) -> None:
         "40 31 0:37 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n"
         "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
     )
-    found = CgroupV1.find(mountinfo=str(info))
+    found = HierarchyV1.find(mountinfo=str(info))
     assert found is not None
     assert found.roots == {"cpu,cpuacct": "/sys/fs/cgroup/cpu,cpuacct", "memory": "/mnt/m y"}
     info.write_text("41 31 0:38 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
-    assert CgroupV1.find(mountinfo=str(info)) is None
+    assert HierarchyV1.find(mountinfo=str(info)) is None
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_finds_every_hierarchy_with_a_controller(tmp_path: Path) -> None:
     ids=lambda value: re.sub(r"\W+", "_", json.dumps(value)).strip("_")[:60],
 )
 async def test_limits_reach_their_files_or_name_the_controller(
-    cgroup: CgroupOfV1, limit: dict[str, Any], values: dict[str, str]
+    cgroup: CgroupV1, limit: dict[str, Any], values: dict[str, str]
 ) -> None:
     missing = {file for file in values if cgroup.file(file) is None or not Path(cgroup.file(file) or "").exists()}
     if missing:
@@ -145,14 +145,14 @@ async def test_limits_reach_their_files_or_name_the_controller(
     assert {file: content(cgroup, file) for file in values} == values != before
 
 
-async def _updated_in_vain(cgroup: CgroupOfV1, limit: dict[str, Any]) -> None:
+async def _updated_in_vain(cgroup: CgroupV1, limit: dict[str, Any]) -> None:
     """Update to the same values, failing at the end."""
     resources = Resources.from_json(limit).updated(Resources.from_json({"rdma": {"none": {"hcaHandles": 1}}}))
     with pytest.raises(CgroupError, match=r"linux\.resources\.rdma\.none: the cgroup controller 'rdma'"):
         await cgroup.update(resources)
 
 
-def test_kernel_memory_is_refused_by_a_kernel_that_takes_the_value_and_does_nothing(cgroup: CgroupOfV1) -> None:
+def test_kernel_memory_is_refused_by_a_kernel_that_takes_the_value_and_does_nothing(cgroup: CgroupV1) -> None:
     document = {"memory": {"kernel": 8 * MEBIBYTE}}
     try:
         cgroup.apply(Resources.from_json(document))
@@ -170,7 +170,7 @@ def test_settings_of_v2_are_rejected() -> None:
     assert str(caught.value) == "linux.resources.unified: is for cgroup v2, and this machine has v1"
 
 
-def test_memory_and_swap_move_up_and_down_together(cgroup: CgroupOfV1) -> None:
+def test_memory_and_swap_move_up_and_down_together(cgroup: CgroupV1) -> None:
     cgroup.apply(Resources())
     for limit, swap in ((10, 20), (30, 40), (5, 6), (50, 50), (-1, -1), (7, 7)):
         document = {
@@ -181,7 +181,7 @@ def test_memory_and_swap_move_up_and_down_together(cgroup: CgroupOfV1) -> None:
             assert int(content(cgroup, file)) == (value * MEBIBYTE if value > 0 else 9223372036854771712)
 
 
-async def test_an_update_that_fails_leaves_all_as_it_was(cgroup: CgroupOfV1) -> None:
+async def test_an_update_that_fails_leaves_all_as_it_was(cgroup: CgroupV1) -> None:
     before = {"memory": {"limit": 64 * MEBIBYTE, "swap": 64 * MEBIBYTE}, "cpu": {"quota": 10000, "period": 20000}}
     cgroup.apply(Resources.from_json(before))
     files = (
@@ -205,7 +205,7 @@ async def test_an_update_that_fails_leaves_all_as_it_was(cgroup: CgroupOfV1) -> 
     assert {file: content(cgroup, file) for file in files} == state
 
 
-def test_device_rules_are_what_the_kernel_has(cgroup: CgroupOfV1) -> None:
+def test_device_rules_are_what_the_kernel_has(cgroup: CgroupV1) -> None:
     always = {
         "c *:* m", "b *:* m", "c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm", "c 5:0 rwm",
         "c 5:2 rwm", "c 136:* rwm",
@@ -231,7 +231,7 @@ def test_device_rules_are_what_the_kernel_has(cgroup: CgroupOfV1) -> None:
     assert listed() == always
 
 
-def test_everything_in_it_is_ended_even_what_forks_and_what_is_frozen(cgroup: CgroupOfV1) -> None:
+def test_everything_in_it_is_ended_even_what_forks_and_what_is_frozen(cgroup: CgroupV1) -> None:
     bomb = put_in(cgroup, "/bin/sh", "-c", "while :; do (sleep 100 &) ; done", stderr=subprocess.DEVNULL)
     while len(cgroup.pids()) < 30:
         assert bomb.poll() is None
@@ -253,7 +253,7 @@ def test_everything_in_it_is_ended_even_what_forks_and_what_is_frozen(cgroup: Cg
     assert cgroup.pids() == []
 
 
-def test_cpus_that_are_plugged_in_are_offered(hierarchies: CgroupV1, cgroup: CgroupOfV1) -> None:
+def test_cpus_that_are_plugged_in_are_offered(hierarchies: HierarchyV1, cgroup: CgroupV1) -> None:
     cgroup.apply(Resources.from_json({"cpu": {"cpus": "0"}}))
     above = Path(cgroup.file("cpuset.cpus") or "").parent.parent / "cpuset.cpus"
     everything = Path(hierarchies.roots["cpuset"], "cpuset.cpus").read_text()
@@ -268,7 +268,7 @@ def test_cpus_that_are_plugged_in_are_offered(hierarchies: CgroupV1, cgroup: Cgr
     assert (above.read_text(), content(cgroup, "cpuset.cpus")) == (everything, everything.strip())
 
 
-def test_create_rejects_a_cgroup_in_use(hierarchies: CgroupV1, cgroup: CgroupOfV1) -> None:
+def test_create_rejects_a_cgroup_in_use(hierarchies: HierarchyV1, cgroup: CgroupV1) -> None:
     process = put_in(cgroup, "/bin/sleep", "100")
     with pytest.raises(CgroupError, match="container's cgroup is not empty: 1 process"):
         hierarchies.create("test")
@@ -276,7 +276,7 @@ def test_create_rejects_a_cgroup_in_use(hierarchies: CgroupV1, cgroup: CgroupOfV
     process.wait()
 
 
-async def test_a_cgroup_that_cannot_be_entered_is_named_and_nothing_is_left(box: Box, cgroup: CgroupOfV1) -> None:
+async def test_a_cgroup_that_cannot_be_entered_is_named_and_nothing_is_left(box: Box, cgroup: CgroupV1) -> None:
     Path(cgroup.file("cpuset.mems") or "").write_text("\n")  # without memory nodes nobody can join
     with pytest.raises(LaunchError) as caught:
         await box.create(config("true"), cgroup=cgroup)
@@ -285,7 +285,7 @@ async def test_a_cgroup_that_cannot_be_entered_is_named_and_nothing_is_left(box:
     assert all(not files.pids_in(path) for path in cgroup.paths.values())
 
 
-async def test_container_inherits_no_cgroup_descriptor(box: Box, cgroup: CgroupOfV1) -> None:
+async def test_container_inherits_no_cgroup_descriptor(box: Box, cgroup: CgroupV1) -> None:
     cgroup.apply(Resources())
     script = "ls -l /proc/self/fd | grep -c cgroup"
     assert (await box.output(config("sh", "-c", script), cgroup=cgroup))[1].split()[0] == "0"

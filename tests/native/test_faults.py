@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from caisson.agent.client import AgentError
-from caisson.agent.libcontainer.cgroups import CgroupV2
+from caisson.agent.libcontainer.cgroups import HierarchyV2
 from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
@@ -267,7 +267,7 @@ class ChangingCgroup:
     """A cgroup that no process can enter before `allow`: another one in its parent is threaded (cgroup-v2.rst)."""
 
     def __init__(self) -> None:
-        hierarchy = CgroupV2.find()
+        hierarchy = HierarchyV2.find()
         assert hierarchy is not None
         self.parent = Path(tempfile.mkdtemp(prefix="caisson-test-", dir=hierarchy.root))
         (self.parent / "it").mkdir()

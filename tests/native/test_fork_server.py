@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.libcontainer.cgroups import CgroupV2
+from caisson.agent.libcontainer.cgroups import HierarchyV2
 from caisson.agent.libcontainer.cgroups.base import Cgroup
 from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.reader import SpecError
@@ -39,7 +39,7 @@ class Removed:
 
     @contextlib.contextmanager
     def join_fds(self) -> Iterator[dict[str, int]]:
-        hierarchy = CgroupV2.find()
+        hierarchy = HierarchyV2.find()
         assert hierarchy is not None
         with contextlib.ExitStack() as ends:
             with tempfile.TemporaryDirectory(dir=hierarchy.root, ignore_cleanup_errors=True) as directory:
@@ -82,7 +82,7 @@ async def box(sealed: Nsexec) -> AsyncIterator[Served]:
 
 @pytest.fixture
 async def cgroup() -> AsyncIterator[Cgroup]:
-    hierarchy = CgroupV2.find()
+    hierarchy = HierarchyV2.find()
     assert hierarchy is not None
     made = hierarchy.create(f"caisson-served-{os.getpid()}")
     yield made

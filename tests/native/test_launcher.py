@@ -206,9 +206,9 @@ async def test_exec_into_a_user_namespace(box: Box) -> None:
 
 
 def test_exec_is_born_in_the_cgroup(box: Box) -> None:
-    from caisson.agent.libcontainer.cgroups import CgroupV2
+    from caisson.agent.libcontainer.cgroups import HierarchyV2
 
-    hierarchy = CgroupV2.find()
+    hierarchy = HierarchyV2.find()
     assert hierarchy is not None
     cgroup = hierarchy.create(f"caisson-exec-{os.getpid()}")
 

@@ -251,10 +251,10 @@ def test_sysctl_of_the_guest_is_refused(box: Box) -> None:
 
 
 def test_a_cgroup_namespace_has_the_containers_cgroup_as_its_root(box: Box) -> None:
-    from caisson.agent.libcontainer.cgroups import CgroupV2
+    from caisson.agent.libcontainer.cgroups import HierarchyV2
     from caisson.agent.libcontainer.config.resources import Resources
 
-    hierarchy = CgroupV2.find()
+    hierarchy = HierarchyV2.find()
     assert hierarchy is not None
     cgroup = hierarchy.create(unique("caisson-test"))
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.libcontainer.cgroups import Cgroup, CgroupError, CgroupV2
+from caisson.agent.libcontainer.cgroups import Cgroup, CgroupError, HierarchyV2
 from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.errors import LaunchError
 from tests.native.agent_support import RunningAgent
@@ -289,7 +289,7 @@ async def test_limits_reach_the_cgroup_or_name_the_controller(limit: dict[str, A
 
 
 def test_cgroups_around_the_last_container_go_with_it(box: Box) -> None:
-    hierarchy = CgroupV2.find()
+    hierarchy = HierarchyV2.find()
     assert hierarchy is not None
     around = Path(hierarchy.root, unique("caisson-around"))
     one, two = (hierarchy.create(f"{around.name}/deep/{name}") for name in ("one", "two"))
@@ -336,7 +336,7 @@ def mounted(path: Path) -> Iterator[None]:
 @asynccontextmanager
 async def own_cgroup(resources: dict[str, Any]) -> AsyncIterator[Cgroup]:
     """Create a cgroup with these limits."""
-    hierarchy = CgroupV2.find()
+    hierarchy = HierarchyV2.find()
     assert hierarchy is not None, "this machine has no cgroup v2 hierarchy"
     cgroup = hierarchy.create(unique("caisson-fields"))
     try:

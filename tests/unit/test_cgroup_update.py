@@ -13,7 +13,7 @@ import pytest
 from caisson.agent.libcontainer.cgroups import CgroupError, files
 from caisson.agent.libcontainer.cgroups import device_program as devices
 from caisson.agent.libcontainer.cgroups.files import restore_value
-from caisson.agent.libcontainer.cgroups.v2.cgroup import CgroupOfV2
+from caisson.agent.libcontainer.cgroups.v2.cgroup import CgroupV2
 from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
 
 FILES = {
@@ -73,7 +73,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 def update(kernel: Kernel, before: dict[str, Any], document: dict[str, Any]) -> None:
     """Limit a new cgroup by one configuration, then change it to another."""
-    cgroup = CgroupOfV2(str(kernel.directory), set())
+    cgroup = CgroupV2(str(kernel.directory), set())
     try:
         cgroup.apply(Resources.from_json(before))
         kernel.writes.clear()
@@ -107,7 +107,7 @@ def test_everything_is_changed(kernel: Kernel) -> None:
 )  # fmt: skip
 def test_after_a_failure_all_is_as_before(kernel: Kernel, file: str) -> None:
     before = {"cpu": {"cpus": "0"}, "memory": {"limit": 1 << 19, "swap": 1 << 19}}
-    cgroup = CgroupOfV2(str(kernel.directory), set())
+    cgroup = CgroupV2(str(kernel.directory), set())
     try:
         cgroup.apply(Resources.from_json(before))
         state, rules = kernel.now(), list(kernel.rules)

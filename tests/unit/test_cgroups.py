@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.libcontainer.cgroups import CgroupError, CgroupV2
+from caisson.agent.libcontainer.cgroups import CgroupError, HierarchyV2
 from caisson.agent.libcontainer.cgroups import device_program as devices
 from caisson.agent.libcontainer.cgroups.v2.settings import io_weight, settings, weight
 from caisson.agent.libcontainer.config.reader import SpecError
@@ -23,16 +23,16 @@ def test_finds_the_hierarchy(tmp_path: Path) -> None:
         "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"
         "41 31 0:38 / /sys/fs/cgroup/uni\\040fied rw,relatime shared:4 - cgroup2 cgroup2 rw\n"
     )
-    found = CgroupV2.find(mountinfo=str(info))
+    found = HierarchyV2.find(mountinfo=str(info))
     assert found is not None and found.root == "/sys/fs/cgroup/uni fied"
     info.write_text("31 23 0:28 / / rw - ext4 /dev/vda rw\n")
-    assert CgroupV2.find(mountinfo=str(info)) is None
+    assert HierarchyV2.find(mountinfo=str(info)) is None
 
 
 @pytest.mark.parametrize("path", ["", "/", "../x", "a/../../b", "a/./b", "a\nb", "a/" + "x" * 256])
 def test_paths_that_are_none(path: str, tmp_path: Path) -> None:
     with pytest.raises(CgroupError):
-        CgroupV2(str(tmp_path)).create(path)
+        HierarchyV2(str(tmp_path)).create(path)
     assert list(tmp_path.iterdir()) == []
 
 

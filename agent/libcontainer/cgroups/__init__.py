@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 
 from caisson.agent.libcontainer.cgroups.base import Cgroup, CgroupError, Hierarchy
-from caisson.agent.libcontainer.cgroups.v2.cgroup import CgroupV2
+from caisson.agent.libcontainer.cgroups.v2.cgroup import HierarchyV2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.libcontainer.waits import Waits
 
-__all__ = ["Cgroup", "CgroupError", "CgroupV2", "Hierarchy", "find", "of_host"]
+__all__ = ["Cgroup", "CgroupError", "Hierarchy", "HierarchyV2", "find", "of_host"]
 
 
 def find(
@@ -27,16 +27,16 @@ def find(
     (version 2).
     """
     if version == "v2":
-        return CgroupV2.find(parent, waits=waits, bounded=bounded)
-    from caisson.agent.libcontainer.cgroups.v1.cgroup import CgroupV1
+        return HierarchyV2.find(parent, waits=waits, bounded=bounded)
+    from caisson.agent.libcontainer.cgroups.v1.cgroup import HierarchyV1
 
-    return CgroupV1.find(parent, waits=waits)
+    return HierarchyV1.find(parent, waits=waits)
 
 
 def of_host() -> Hierarchy | None:
     """Find all cgroup hierarchies that the host uses: v2 alone, or those of v1 with v2 beside them."""
     if os.path.exists("/sys/fs/cgroup/cgroup.controllers"):  # noqa: PTH110 - no pathlib at start
-        return CgroupV2.find()
-    from caisson.agent.libcontainer.cgroups.v1.cgroup import CgroupV1
+        return HierarchyV2.find()
+    from caisson.agent.libcontainer.cgroups.v1.cgroup import HierarchyV1
 
-    return CgroupV1.find(every=True) or CgroupV2.find()
+    return HierarchyV1.find(every=True) or HierarchyV2.find()

@@ -11,7 +11,7 @@ import os
 import subprocess
 
 from caisson.agent.libcontainer.cgroups.base import Cgroup, CgroupError, Hierarchy, JoinFds
-from caisson.agent.libcontainer.cgroups.v2.cgroup import CgroupOfV2
+from caisson.agent.libcontainer.cgroups.v2.cgroup import CgroupV2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _systemctl(*words: str) -> str:
     return done.stderr.strip() or f"status {done.returncode}" if done.returncode else ""
 
 
-class ScopeCgroup(CgroupOfV2):
+class ScopeCgroup(CgroupV2):
     """The cgroup of a scope."""
 
     def __init__(self, path: str, holder: subprocess.Popen[bytes] | None = None) -> None:

@@ -47,7 +47,7 @@ NAME = "name="  # of a hierarchy without a controller
 KILL_FREEZE_TIMEOUT = 0.2
 
 
-class CgroupV1(Hierarchy):
+class HierarchyV1(Hierarchy):
     """The cgroup v1 hierarchies of this machine: mount points by their controllers ("cpu,cpuacct")."""
 
     def __init__(self, roots: Mapping[str, str], parent: str = "", waits: Waits | None = None) -> None:
@@ -64,7 +64,7 @@ class CgroupV1(Hierarchy):
         waits: Waits | None = None,
         *,
         every: bool = False,
-    ) -> CgroupV1 | None:
+    ) -> HierarchyV1 | None:
         """Find the mounted hierarchies with controllers; None if there are none.
 
         With `every`, also those without controllers: "name=systemd", and "" for version 2 of a hybrid host.  All
@@ -84,7 +84,7 @@ class CgroupV1(Hierarchy):
                 roots.setdefault(name, point)
         return cls(roots, parent, waits) if any(name and not name.startswith(NAME) for name in roots) else None
 
-    def create(self, path: str, *, below_own: bool = False) -> CgroupOfV1:
+    def create(self, path: str, *, below_own: bool = False) -> CgroupV1:
         """Make the cgroup `path` (as in linux.cgroupsPath, below the parent) in every hierarchy.
 
         Raises CgroupError, also if it is in use.
@@ -96,7 +96,7 @@ class CgroupV1(Hierarchy):
                 root = self.roots[name]
                 parts = directory.removeprefix(f"{root}/").split("/")
                 _make(root, parts, made, fill_cpuset if "cpuset" in name.split(",") else None)
-            cgroup = CgroupOfV1(directories, self.roots, self._made, self._waits)
+            cgroup = CgroupV1(directories, self.roots, self._made, self._waits)
             frozen = cgroup.frozen
             for directory in directories.values():
                 check_unused(path, [] if directory in made else files.pids_in(directory), frozen=frozen)
@@ -119,9 +119,9 @@ class CgroupV1(Hierarchy):
             found[name] = "/".join([root, *(part for part in parent.split("/") if part), *parts_of(path)])
         return found
 
-    def open(self, paths: Mapping[str, str]) -> CgroupOfV1:
+    def open(self, paths: Mapping[str, str]) -> CgroupV1:
         """Open the cgroup with these directories, which may be gone."""
-        return CgroupOfV1(paths, self.roots, set(), self._waits)
+        return CgroupV1(paths, self.roots, set(), self._waits)
 
 
 def _make(root: str, parts: list[str], made: list[str], fill: Callable[[str, str], None] | None) -> None:
@@ -138,7 +138,7 @@ def _make(root: str, parts: list[str], made: list[str], fill: Callable[[str, str
             fill(above, at)
 
 
-class CgroupOfV1(Cgroup):
+class CgroupV1(Cgroup):
     """One cgroup in several hierarchies: `directories` and `roots` are by their controllers."""
 
     fd = -1

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 NESTING = {"cgroup.max.depth": "32", "cgroup.max.descendants": "2048"}
 
 
-class CgroupV2(Hierarchy):
+class HierarchyV2(Hierarchy):
     """The cgroup v2 hierarchy of this machine.  With `bounded`, a container may nest only a few cgroups in its own."""
 
     def __init__(self, root: str, parent: str = "", waits: Waits | None = None, *, bounded: bool = False) -> None:
@@ -55,7 +55,7 @@ class CgroupV2(Hierarchy):
         waits: Waits | None = None,
         *,
         bounded: bool = False,
-    ) -> CgroupV2 | None:
+    ) -> HierarchyV2 | None:
         """Find where cgroup2 is mounted; None if it is not.  On a hybrid host that is /sys/fs/cgroup/unified.
 
         All cgroups are created below the cgroup `parent`, which is created with the first and removed with the last.
@@ -65,7 +65,7 @@ class CgroupV2(Hierarchy):
                 return cls(point, parent, waits, bounded=bounded)
         return None
 
-    def create(self, path: str, *, below_own: bool = False) -> CgroupOfV2:
+    def create(self, path: str, *, below_own: bool = False) -> CgroupV2:
         """Make the cgroup `path` (as in linux.cgroupsPath, below the parent) with all available controllers.
 
         Raises CgroupError, also if it is in use.
@@ -85,7 +85,7 @@ class CgroupV2(Hierarchy):
                     pass
             for name, value in self._nesting.items():
                 files.write(f"{at}/{name}", value)
-            cgroup = CgroupOfV2(at, self._made, self._waits)
+            cgroup = CgroupV2(at, self._made, self._waits)
         except OSError as e:
             files.remove_all(made)
             raise CgroupError(f"cgroup {path}: {(e.strerror or '').lower()}") from e
@@ -104,12 +104,12 @@ class CgroupV2(Hierarchy):
         parent = _own_parent() if below_own else self._parent
         return {"": "/".join([self.root, *(part for part in parent.split("/") if part), *parts_of(path)])}
 
-    def open(self, paths: Mapping[str, str]) -> CgroupOfV2:
+    def open(self, paths: Mapping[str, str]) -> CgroupV2:
         """Open the cgroup with these directories, which may be gone."""
-        return CgroupOfV2(paths[""], set(), self._waits)
+        return CgroupV2(paths[""], set(), self._waits)
 
 
-class CgroupOfV2(Cgroup):
+class CgroupV2(Cgroup):
     """One cgroup.  `fd` is its directory, for clone3(CLONE_INTO_CGROUP); -1 if it is gone."""
 
     def __init__(self, path: str, made: set[str], waits: Waits | None = None) -> None:
