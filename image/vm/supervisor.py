@@ -141,6 +141,7 @@ class Supervisor:
         """Start everything and wait until it exits, which raises Ended."""
         config, directory = self._config, self._directory
         image = Path(config["image"])
+        source = Path(config["snapshot"]) if config["snapshot"] else None
         accelerator, transport = Choice(**config["accel"]), Choice(**config["vsock"])
         text, manifest = qemu.read_manifest(image)
         # A description of the running image, even if it is removed from the builder's cache.
@@ -148,27 +149,15 @@ class Supervisor:
         version = tuple(config["program"]["version"])  # JSON has no tuples
         program = qemu.QemuProgram(**config["program"] | {"version": version})
         with directory.qemu_log.open("wb") as log, ChildProcesses(log) as children, contextlib.ExitStack() as stack:
-            source = Path(config["snapshot"]) if config["snapshot"] else None
-            if config["savable"] or (source and transport.name == "user"):
-                self._ram = stack.enter_context(ram.memory_file(config["memory"]))
-            device = None
-            if transport.name == "vhost" or not config["savable"]:
-                # A clone's CID must differ from its siblings', even if nothing else requires it.
-                cid = vsock.random_cid() if source else vsock.USER_CID
-                device = stack.enter_context(vsock.prepare(transport.name, directory, cid))
-            memory = Path(f"/proc/self/fd/{self._ram.fileno()}") if self._ram else None
-            ram_file: IO[bytes] | None = None
-            if source and transport.name == "vhost":
-                # QEMU maps it privately.  By a descriptor: its own mounts are read-only.
-                ram_file = stack.enter_context((source / "ram").open("rb"))
-                memory = Path(f"/proc/self/fd/{ram_file.fileno()}")
+            memory = self._open_memory(source, transport.name, stack)
+            device = self._prepare_device(source, transport.name, stack)
             devices = qemu.Devices(
                 console=directory.console,
                 qmp=directory.qmp_socket,
                 vsock=transport.name,
                 vsock_fd=device.fd if device else -1,
                 cid=device.cid if device else 0,
-                ram=memory,
+                ram=Path(f"/proc/self/fd/{memory.fileno()}") if memory else None,
                 clone=source is not None,
                 firmware=directory.firmware if config["firmware"] else None,
             )
@@ -178,7 +167,7 @@ class Supervisor:
             if device:
                 vsock_confinement = Confinement(file_size=VSOCK_FILE_SIZE, writable=[directory.path])
                 children.spawn("vsock", device.command, device.backend_fds, vsock_confinement)
-            fds = ([device.fd] if device else []) + [file.fileno() for file in (self._ram, ram_file) if file]
+            fds = ([device.fd] if device else []) + ([memory.fileno()] if memory else [])
             spawned = time.monotonic()
             children.spawn("qemu", command, fds, qemu_confinement(config, directory, image, manifest))
             shares = Shares(directory, children, config["root_share"])
@@ -191,34 +180,15 @@ class Supervisor:
             if device:
                 device.close_inherited()
                 device.wait()
-            self._info = {
-                "format": VM_FORMAT,
-                "version": VERSION,
-                "name": directory.name,
-                "state": "starting",
-                "directory": str(directory.path),
-                "image": str(image),
-                "snapshot": source.name if source else None,
-                "accel": accelerator.name,
-                "accel_reason": accelerator.reason,
-                "vsock": transport.name,
-                "vsock_reason": transport.reason,
-                "cid": device.cid if device else None,
-                "memory": config["memory"],
-                "cpus": config["cpus"],
-                "max_memory": config["max_memory"],
-                "max_cpus": config["max_cpus"],
-                "shares": config["shares"],
-                "network": network.document(config["network"], [Publish(**rule) for rule in config["publish"]]),
-                "started": time.time(),
-                "spawned": spawned,
-                "command": list(command),
-                "pids": {"supervisor": os.getpid()} | children.pids,
-            }
             control = stack.enter_context(socket.socket(socket.AF_UNIX))
             control.bind(str(directory.control_socket))
             control.listen()
-            self._info["virtiofs"] = shares.served
+            self._info = self._describe(accelerator, transport, device.cid if device else None) | {
+                "spawned": spawned,
+                "command": list(command),
+                "pids": {"supervisor": os.getpid()} | children.pids,
+                "virtiofs": shares.served,
+            }
             self._publish()
             if source:
                 running = partial(children.is_running, "qemu")
@@ -227,6 +197,48 @@ class Supervisor:
                     self._ram.close()  # QEMU and the device have it
                     self._ram = None
             self._watch(children, control, shares)
+
+    def _open_memory(self, source: Path | None, transport: str, stack: contextlib.ExitStack) -> IO[bytes] | None:
+        """Open the file that is the guest's memory; None where QEMU allocates it."""
+        if source and transport == "vhost":
+            # QEMU maps it privately.  By a descriptor: its own mounts are read-only.
+            return stack.enter_context((source / "ram").open("rb"))
+        if source or self._config["savable"]:
+            self._ram = stack.enter_context(ram.memory_file(self._config["memory"]))
+        return self._ram
+
+    def _prepare_device(self, source: Path | None, transport: str, stack: contextlib.ExitStack) -> vsock.Backend | None:
+        """Prepare the vsock device; None for a guest to be saved, whose clones get one each."""
+        if transport != "vhost" and self._config["savable"]:
+            return None
+        # A clone's CID must differ from its siblings', even if nothing else requires it.
+        cid = vsock.random_cid() if source else vsock.USER_CID
+        return stack.enter_context(vsock.prepare(transport, self._directory, cid))
+
+    def _describe(self, accelerator: Choice, transport: Choice, cid: int | None) -> dict[str, Any]:
+        """Return what vm.json says of the VM before its processes are known."""
+        config, directory = self._config, self._directory
+        return {
+            "format": VM_FORMAT,
+            "version": VERSION,
+            "name": directory.name,
+            "state": "starting",
+            "directory": str(directory.path),
+            "image": str(Path(config["image"])),
+            "snapshot": Path(config["snapshot"]).name if config["snapshot"] else None,
+            "accel": accelerator.name,
+            "accel_reason": accelerator.reason,
+            "vsock": transport.name,
+            "vsock_reason": transport.reason,
+            "cid": cid,
+            "memory": config["memory"],
+            "cpus": config["cpus"],
+            "max_memory": config["max_memory"],
+            "max_cpus": config["max_cpus"],
+            "shares": config["shares"],
+            "network": network.document(config["network"], [Publish(**rule) for rule in config["publish"]]),
+            "started": time.time(),
+        }
 
     @property
     def _scratch(self) -> Path:
