@@ -107,21 +107,8 @@ def init_messages(
         raise SpecError("process", "is missing: there is nothing to run")
     joined = joined_paths(spec.linux, join)
     types = {namespace.type for namespace in spec.linux.namespaces} | set(joined)
-    if not on_host and ("mount" in joined or "mount" not in types):
-        raise SpecError("linux.namespaces", "a container needs a new mount namespace")
-    own_mounts = "mount" in types
-    if not own_mounts and (spec.linux.masked_paths or spec.linux.readonly_paths):
-        raise SpecError("linux.namespaces", "unable to restrict sys entries without a private MNT namespace")
-    if "pid" in joined and spec.hooks.create_container:
-        # They would be created in it with the runtime's root, exposed to processes there that can trace them.
-        raise SpecError("hooks.createContainer", "cannot run in a pid namespace with others in it")
-    create = _mask(types - set(joined))
-    new_user = "user" in types - set(joined)
-    _check_maps(spec.linux, new_user, joined="user" in joined)
-    if spec.linux.net_devices and "network" not in types:
-        raise SpecError("linux.netDevices", "unable to move network devices without a NET namespace")
-    if spec.linux.time_offsets and ("time" not in types or "time" in joined):
-        raise SpecError("linux.timeOffsets", "need a new time namespace")
+    own_mounts, new_user = "mount" in types, "user" in types - set(joined)
+    _check_namespaces(spec, types, joined, on_host=on_host)
     files = FileSystem(spec, bundle, cgroups, types, rootfs, on_host=on_host)
     steps = [
         wire.number(PLAN_VERSION, VERSION),
@@ -146,7 +133,7 @@ def init_messages(
         ),
     ]
     head = wire.bootstrap(
-        create=create,
+        create=_mask(types - set(joined)),
         paths=joined.items(),
         uid_map=spec.linux.uid_mappings if new_user else (),
         gid_map=spec.linux.gid_mappings if new_user else (),
@@ -250,6 +237,23 @@ def _mask(types: Iterable[str]) -> int:
     for type_ in types:
         mask |= wire.NAMESPACES[type_][0]
     return mask
+
+
+def _check_namespaces(spec: Spec, types: set[str], joined: Mapping[str, str], *, on_host: bool) -> None:
+    """Reject what is impossible in the namespaces of an init process: `types`, of which some are `joined`."""
+    linux = spec.linux
+    if not on_host and ("mount" in joined or "mount" not in types):
+        raise SpecError("linux.namespaces", "a container needs a new mount namespace")
+    if "mount" not in types and (linux.masked_paths or linux.readonly_paths):
+        raise SpecError("linux.namespaces", "unable to restrict sys entries without a private MNT namespace")
+    if "pid" in joined and spec.hooks.create_container:
+        # They would be created in it with the runtime's root, exposed to processes there that can trace them.
+        raise SpecError("hooks.createContainer", "cannot run in a pid namespace with others in it")
+    _check_maps(linux, "user" in types - set(joined), joined="user" in joined)
+    if linux.net_devices and "network" not in types:
+        raise SpecError("linux.netDevices", "unable to move network devices without a NET namespace")
+    if linux.time_offsets and ("time" not in types or "time" in joined):
+        raise SpecError("linux.timeOffsets", "need a new time namespace")
 
 
 def _check_maps(linux: Linux, new_user: bool, *, joined: bool) -> None:
