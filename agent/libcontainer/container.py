@@ -7,7 +7,6 @@ a lock on its directory.
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 
@@ -15,7 +14,7 @@ from caisson.agent.base.json import dumps
 from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer import state as files
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.errors import NO_PROCESS, LaunchError
 from caisson.agent.libcontainer.state import CREATED, PAUSED, RUNNING, STOPPED, ProcessStat, State
 from caisson.agent.libcontainer.state_directory import ContainerError, DoesNotExist, remove_directory
 from caisson.agent.libcontainer.waits import wait_until
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 else:
     import _signal as signal
 
-#: Errors of pidfd_open(2) for a pid that is free, is now a thread's, or was never known (-1).
-NO_PROCESS = (errno.ESRCH, errno.ENOENT, errno.EINVAL)
 CONFIG, FILTER, GATE = "config.json", "seccomp", "exec.fifo"
 SIGKILL = 9
 KILL_TIMEOUT = 10.0  # seconds for killed processes to disappear
@@ -326,7 +323,7 @@ class Container:
             await cgroup.thaw()
 
     async def _signal_all(self, cgroup: Cgroup, number: int) -> None:
-        from caisson.agent.libcontainer.cgroups.base import signal_pid
+        from caisson.agent.libcontainer.cgroups.base import signal_pids
 
         if number == SIGKILL:
             await cgroup.kill()
@@ -336,11 +333,7 @@ class Container:
             await cgroup.freeze()  # so that nothing can fork while the list is read
         faults.reach("kill_frozen")
         try:
-            for pid in cgroup.pids():
-                try:
-                    signal_pid(pid, number)
-                except ProcessLookupError:
-                    continue
+            signal_pids(cgroup.pids(), number)
         finally:
             if not frozen and cgroup.exists:
                 await cgroup.thaw()

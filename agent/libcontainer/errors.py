@@ -1,8 +1,12 @@
-"""Error reports of nsexec, as messages for users."""
+"""Errors of starting a process, as messages for users."""
 
 from __future__ import annotations
 
 import os
+from errno import EINVAL, ENOENT, ESRCH
+
+#: Errors of pidfd_open(2) for a pid that is free, is now a thread's, or was never known (-1).
+NO_PROCESS = (ESRCH, ENOENT, EINVAL)
 
 
 class LaunchError(Exception):

@@ -22,7 +22,7 @@ from caisson.agent.base.errors import (
     NotRunning,
     Unsupported,
 )
-from caisson.agent.libcontainer.cgroups.base import CgroupError, signal_pid
+from caisson.agent.libcontainer.cgroups.base import CgroupError, signal_pids
 from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process import gate
@@ -332,11 +332,7 @@ class Container:
             return
         await self._cgroup.freeze()  # so that nothing can fork while the list is read
         try:
-            for pid in await self.reads(self._cgroup.pids):
-                try:
-                    signal_pid(pid, number)
-                except ProcessLookupError:
-                    continue
+            signal_pids(await self.reads(self._cgroup.pids), number)
         finally:
             await self._cgroup.thaw()
             self._paused = False

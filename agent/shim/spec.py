@@ -174,7 +174,7 @@ def network_namespace(document: dict[str, Any]) -> str:
 
 
 #: Fields with another name on the wire.
-RENAMED = {"ociversion": "version", "defaulterrnoret": "", "errnoret": "errnoret"}
+RENAMED = {"ociversion": "version"}
 
 
 def fill(message: Any, document: dict[str, Any]) -> None:

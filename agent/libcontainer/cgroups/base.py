@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from caisson.agent.libcontainer.cgroups import files
+from caisson.agent.libcontainer.errors import NO_PROCESS
 from caisson.agent.libcontainer.waits import BlockingWaits
 from caisson.proto.record import Record
 
@@ -341,15 +342,20 @@ class JoinFds:
             self._fd = -1
 
 
-def signal_pid(pid: int, number: int) -> None:
-    """Signal a process that is not a child, through a pidfd.  Raises ProcessLookupError."""
+def signal_pids(pids: Iterable[int], number: int) -> None:
+    """Signal processes that are not children, through pidfds; any that has exited is ignored."""
     import signal
 
-    pidfd = os.pidfd_open(pid)
-    try:
-        signal.pidfd_send_signal(pidfd, number)
-    finally:
-        os.close(pidfd)
+    for pid in pids:
+        try:
+            pidfd = os.pidfd_open(pid)
+            try:
+                signal.pidfd_send_signal(pidfd, number)
+            finally:
+                os.close(pidfd)
+        except OSError as error:
+            if error.errno not in NO_PROCESS:
+                raise
 
 
 def own_cgroups() -> dict[str, str]:

@@ -20,7 +20,7 @@ from caisson.agent.libcontainer.cgroups.base import (
     check_unused,
     own_cgroups,
     parts_of,
-    signal_pid,
+    signal_pids,
 )
 from caisson.agent.libcontainer.cgroups.v1 import devices as v1_devices
 from caisson.agent.libcontainer.cgroups.v1.ancestors import chain, fill_cpuset, raise_realtime, widen_cpuset
@@ -227,11 +227,7 @@ class CgroupV1(Cgroup):
                 break
             if "freezer" in self._directories:
                 frozen = await self._freezer("FROZEN", KILL_FREEZE_TIMEOUT)
-            for pid in await self._waits.work(self.pids):
-                try:
-                    signal_pid(pid, 9)
-                except ProcessLookupError:
-                    continue
+            signal_pids(await self._waits.work(self.pids), 9)
             if "freezer" in self._directories:
                 self._write_freezer("THAWED")
             if frozen:
