@@ -66,11 +66,15 @@ class Publisher:
             finally:
                 self._queue.task_done()
 
+    async def drained(self) -> None:
+        """Wait until all queued events are forwarded."""
+        await self._queue.join()
+
     async def flush(self, timeout: float) -> None:
         """Wait until all queued events are forwarded, at most ``timeout`` seconds."""
         try:
             async with asyncio.timeout(timeout):
-                await self._queue.join()
+                await self.drained()
         except TimeoutError:
             self._log("error", "events were not forwarded in time")
 

@@ -362,6 +362,7 @@ class TaskService:
                 return
             if event.container_id in self._containers:
                 self._publisher.publish(events_pb2.TaskOOM(container_id=event.container_id))
+                await self._publisher.drained()  # a hostile guest reports as many as it likes
 
     async def close(self) -> None:
         """End the pod, whatever is left of it, even one that is just starting."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -19,15 +20,18 @@ from caisson.agent.pods.network import NetworkError, links
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.agent.shim.errors import ShimError
+from caisson.agent.shim.events import Publisher
 from caisson.agent.shim.host import OVERHEAD, size_of
 from caisson.agent.shim.launch import RUNTIME_OPTIONS, Arguments, _bootstrap_id, group_of, socket_path
 from caisson.agent.shim.options import RuntimeOptions, shim_cgroup
 from caisson.agent.shim.spec import GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
 from caisson.agent.shim.stats import UNLIMITED, metrics
+from caisson.agent.shim.task import TaskService
 from caisson.commands import machines, pods
 from caisson.commands.shim import FEATURES_URL, main
 from caisson.proto.containerd import bootstrap_pb2, linux_runc_options_pb2, options_pb2, runc_options_pb2, types_pb2
 from caisson.proto.kata3 import agent_pb2, oci_pb2
+from tests.support.poll import until
 
 NAMESPACES = [{"type": kind} for kind in ("mount", "network", "uts", "pid", "ipc")]
 
@@ -248,6 +252,29 @@ async def test_a_device_that_is_late_is_asked_for_again(codes: list[StatusCode],
         with pytest.raises(RpcError, match="late"):
             await until_plugged(method, "request")
     assert asked == ["request"] * calls
+
+
+async def test_the_guest_is_asked_for_events_no_faster_than_containerd_takes_them() -> None:
+    asked = 0
+
+    async def next_event(request: object) -> agent_pb2.OOMEvent:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0)
+        return agent_pb2.OOMEvent(container_id="c")
+
+    pod: Any = mock.Mock(rpc=mock.Mock(GetOOMEvent=next_event))
+    publisher = Publisher("", "k8s.io", mock.Mock())
+    service = TaskService(mock.Mock(), publisher, mock.Mock(), mock.Mock())
+    service._containers["c"] = mock.Mock()
+    tasks = [asyncio.ensure_future(service._watch_oom(pod))]
+    await asyncio.sleep(0.05)
+    assert asked == 1
+    tasks.append(asyncio.ensure_future(publisher.run()))
+    await until(lambda: asked > 10, "events are forwarded")
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @pytest.mark.parametrize(
