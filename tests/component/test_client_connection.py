@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 from google.protobuf import empty_pb2
@@ -19,7 +20,18 @@ from caisson.agent.api.reasons import detail_of
 from caisson.agent.base import errors
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
-from caisson.agent.client import Agent, AgentError, AgentGone, ProgramError, ReadinessProbe, Reason, is_serving
+from caisson.agent.client import (
+    Agent,
+    AgentError,
+    AgentGone,
+    ProgramError,
+    ReadinessProbe,
+    Reason,
+    UsageError,
+    foreground,
+    is_serving,
+)
+from caisson.agent.client.forward import dial
 from caisson.agent.libcontainer.errors import launch_error
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.dispatch import Dispatch, Method
@@ -264,3 +276,23 @@ def test_the_client_imports_grpc_for_grpc_alone() -> None:
 def test_reasons_are_the_protocols() -> None:
     enum = caisson_pb2.DESCRIPTOR.enum_types_by_name["Reason"]
     assert {one.name: int(one) for one in Reason} == {value.name: value.number for value in enum.values}
+
+
+async def test_a_vsock_port_that_answers_a_line_without_end_is_refused(tmp_path: Path) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"OK " + bytes(1 << 20))
+
+    async with await asyncio.start_unix_server(answer, tmp_path / "vsock.sock"):
+        with pytest.raises(UsageError, match="vsock port 5: nothing listens there"):
+            await dial(tmp_path / "vsock.sock", 5)
+
+
+async def test_memory_events_of_other_containers_are_read_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def next_event(request: agent_pb2.GetOOMEventRequest, timeout: float) -> agent_pb2.OOMEvent:
+        await asyncio.sleep(0)
+        return agent_pb2.OOMEvent(container_id="other")
+
+    monkeypatch.setattr(foreground, "OOM_TIMEOUT", 0.05)
+    agent: Any = mock.Mock(rpc=mock.Mock(GetOOMEvent=next_event))
+    assert not await foreground._out_of_memory(agent, "box")
+    assert await foreground._out_of_memory(agent, "other")
