@@ -15,7 +15,7 @@ from caisson.agent.api.caisson import CaissonService
 from caisson.agent.base.errors import ModelError
 from caisson.agent.base.limits import raise_open_files
 from caisson.agent.guest import modules
-from caisson.agent.guest.files import SHARED, Files, Trees
+from caisson.agent.guest.files import Files, Trees
 from caisson.agent.libcontainer import cgroups
 from caisson.agent.libcontainer.process.fork_server import ForkServer
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
@@ -25,6 +25,7 @@ from caisson.agent.model.sandbox import Sandbox
 from caisson.agent.model.waits import AsyncioWaits
 from caisson.agent.rpc.dispatch import Service
 from caisson.proto.caisson import caisson_pb2
+from caisson.proto.contract import GUEST_SHARED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Services:
             pipe_size=options.pipe_size,
             hotplug_timeout=options.hotplug_timeout,
         )
-        self._files, self._trees = Files(), Trees(SHARED)
+        self._files, self._trees = Files(), Trees(GUEST_SHARED)
         self._options, self._reaper, self._stop = options, reaper, stop
         self._log = log
         self._guest = GUEST.bind(CaissonService(self._sandbox, options.hotplug_timeout, timestamps))

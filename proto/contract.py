@@ -23,6 +23,12 @@ GUEST_HOME = "/usr/lib/caisson"
 #: The root file system of the default container, in the guest.
 BUSYBOX_ROOTFS = f"{GUEST_HOME}/containers/busybox"
 
+#: The directory of a guest in which hosts put the files of containers, as Kata's do: where a pod's share is mounted.
+GUEST_SHARED = "/run/kata-containers/shared/containers"
+
+#: The tmpfs of a guest that all containers of a pod have as /dev/shm, likewise.
+GUEST_SHM = "/run/kata-containers/sandbox/shm"
+
 #: How every line begins that the agent itself prints on the console or in the kernel's log.
 CONSOLE_PREFIX = "caisson agent: "
 

@@ -15,6 +15,7 @@ from typing import Any
 from caisson.agent.guest import modules
 from caisson.agent.rpc.ttrpc.client import Client, Stub
 from caisson.proto.caisson import caisson_pb2
+from caisson.proto.contract import GUEST_SHM
 from caisson.proto.kata3 import agent_pb2, oci_pb2
 
 #: What a pod's devices and containers need.
@@ -25,7 +26,6 @@ TIMEOUT = 60.0
 
 #: The container and its places in the guest.
 ID = "warm-up"
-SHM = "/run/kata-containers/sandbox/shm"
 ROOT = f"/run/kata-containers/{ID}"
 
 CAPABILITIES = ("CAP_CHOWN", "CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_SETUID")
@@ -36,7 +36,7 @@ MOUNTS = (
     ("/proc", "proc", "proc", ("nosuid", "noexec", "nodev")),
     ("/dev", "tmpfs", "tmpfs", ("nosuid", "strictatime", "mode=755", "size=65536k")),
     ("/dev/pts", "devpts", "devpts", ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5")),
-    ("/dev/shm", "bind", SHM, ("rbind",)),
+    ("/dev/shm", "bind", GUEST_SHM, ("rbind",)),
     ("/dev/mqueue", "mqueue", "mqueue", ("nosuid", "noexec", "nodev")),
     ("/sys", "sysfs", "sysfs", ("nosuid", "noexec", "nodev", "ro")),
     ("/sys/fs/cgroup", "cgroup", "cgroup", ("ro", "nosuid", "noexec", "nodev")),
@@ -61,7 +61,7 @@ async def warm_up(connected: socket, program: str) -> None:
 async def _run(agent: Any, program: str) -> None:
     now = time.time_ns()
     clock = agent_pb2.SetGuestDateTimeRequest(Sec=now // 10**9, Usec=now % 10**9 // 1000)
-    shm = _tmpfs(SHM, "noexec", "nosuid", "nodev", "mode=1777")
+    shm = _tmpfs(GUEST_SHM, "noexec", "nosuid", "nodev", "mode=1777")
     await asyncio.gather(
         agent.ReseedRandomDev(agent_pb2.ReseedRandomDevRequest(data=os.urandom(64)), timeout=TIMEOUT),
         agent.SetGuestDateTime(clock, timeout=TIMEOUT),

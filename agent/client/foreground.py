@@ -19,13 +19,11 @@ from caisson.agent.client.share import when_plugged
 from caisson.agent.client.specs import Document, guest_document
 from caisson.agent.client.stdio import attach
 from caisson.proto.caisson import caisson_pb2
+from caisson.proto.contract import GUEST_SHARED
 from caisson.proto.kata3 import agent_pb2
 
 if TYPE_CHECKING:
     from caisson.agent.client.run_specs import SharedVolume
-
-#: Where the guest mounts storages of containers, as with Kata's hosts.
-STORAGES = "/run/kata-containers/shared/containers"
 
 #: Seconds from the stop signal to SIGKILL, and to wait for an out-of-memory event.
 STOP_TIMEOUT = 10.0
@@ -54,7 +52,7 @@ async def execute_in_guest(
     document = guest_document(words, busybox_root(machine), env=[*terminal_env(terminal), *env], cwd=cwd, user=user)
     document["process"] |= {"terminal": terminal, **console_size(terminal)}
     # Shared by all: the agent mounts it for the first and unmounts it after the last.
-    document["root"]["path"] = f"{STORAGES}/guest/root"
+    document["root"]["path"] = f"{GUEST_SHARED}/guest/root"
     root = _storage("bind", "/", "bind", document["root"]["path"], ["rbind", "rprivate"])
     async with Guest(machine) as guest:
         await guest.agent.create_sandbox()
@@ -160,7 +158,7 @@ async def create_on_disk(
     Sets the document's root; ``dns`` are the lines of its resolv.conf.  Raises AgentError.
     """
     # Unique: the agent keeps "local" directories until the sandbox's end, a layer ends with its container.
-    place = f"{STORAGES}/{uuid.uuid4().hex}"
+    place = f"{GUEST_SHARED}/{uuid.uuid4().hex}"
     document["root"]["path"] = f"{place}/root"
     mounted = storages(pci_path, place, fstype)
     for number, volume in enumerate(volumes):

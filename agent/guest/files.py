@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 ROOT = "/run"
 
-#: Where a Kata host shares, or copies, files for containers.
-SHARED = "/run/kata-containers/shared/containers"
 RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
 #: Maximum number of incomplete files; beyond it, the oldest is dropped.

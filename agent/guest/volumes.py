@@ -8,8 +8,8 @@ import stat
 from caisson.agent.base import syscalls
 from caisson.agent.base.errors import InvalidArgument, SystemCallFailed
 from caisson.agent.base.mountinfo import mount_points
-from caisson.agent.guest.files import SHARED
 from caisson.agent.guest.storage.mounts import reason
+from caisson.proto.contract import GUEST_SHARED
 from caisson.proto.record import Record
 
 
@@ -35,7 +35,7 @@ def usage(path: str) -> tuple[Usage, Usage]:
     )
 
 
-def refresh_shares(directory: str = SHARED) -> None:
+def refresh_shares(directory: str = GUEST_SHARED) -> None:
     """Stat every mount of the shared directory: the kernel asks the host, and drops those that are gone.
 
     Only then does the host's virtiofsd release a directory.

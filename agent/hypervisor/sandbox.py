@@ -8,11 +8,12 @@ import time
 
 from caisson.agent.hypervisor.peer import Peer, PeerError
 from caisson.agent.pods.guest import CALL_TIMEOUT, GuestNetwork, personalize
-from caisson.agent.pods.machines import GUEST_SHARED, SHARE_TAG, MachineError, machine_name
+from caisson.agent.pods.machines import SHARE_TAG, MachineError, machine_name
 from caisson.agent.pods.network import NetworkError
 from caisson.agent.rpc.ttrpc.client import Client, Stub
 from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.proto.caisson import caisson_pb2
+from caisson.proto.contract import GUEST_SHARED
 from caisson.proto.kata3 import agent_pb2
 
 TYPE_CHECKING = False

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-#: The tag of a pod's share in Kata, and its mount point in the guest.
+#: The tag of a pod's share in Kata; the guest mounts it on GUEST_SHARED (proto/contract.py).
 SHARE_TAG = "kataShared"
-GUEST_SHARED = "/run/kata-containers/shared/containers"
 
 
 class PodMachine(Protocol):

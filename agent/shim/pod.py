@@ -12,7 +12,7 @@ from typing import Any
 
 from caisson.agent.pods import network
 from caisson.agent.pods.guest import CALL_TIMEOUT, GuestNetwork, personalize, until_plugged
-from caisson.agent.pods.machines import GUEST_SHARED, SHARE_TAG, MachineError
+from caisson.agent.pods.machines import SHARE_TAG, MachineError
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import Client, Stub
 from caisson.agent.shim import cgroup, dns
@@ -22,6 +22,7 @@ from caisson.agent.shim.errors import ShimError
 from caisson.agent.shim.portforward import PortForwarder
 from caisson.agent.shim.rootdisks import RootDisks
 from caisson.agent.shim.spec import shares_pid_namespace
+from caisson.proto.contract import GUEST_SHARED, GUEST_SHM
 from caisson.proto.kata3 import agent_pb2
 
 TYPE_CHECKING = False
@@ -107,7 +108,7 @@ class Pod:
         storages = [
             agent_pb2.Storage(driver="virtio-fs", source=SHARE_TAG, fstype="virtiofs", mount_point=GUEST_SHARED),
             agent_pb2.Storage(
-                driver="ephemeral", source="shm", fstype="tmpfs", mount_point="/run/kata-containers/sandbox/shm",
+                driver="ephemeral", source="shm", fstype="tmpfs", mount_point=GUEST_SHM,
                 options=["noexec", "nosuid", "nodev", "mode=1777", f"size={SHM_SIZE}"],
             ),
         ]  # fmt: skip

@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.base.mountinfo import mount_points
-from caisson.agent.pods.machines import GUEST_SHARED
+from caisson.proto.contract import GUEST_SHARED, GUEST_SHM
 from caisson.proto.record import Record
-
-#: The tmpfs that all containers of a pod have as /dev/shm.
-GUEST_SHM = "/run/kata-containers/sandbox/shm"
 
 #: Fields that are meaningful only on the host.
 HOST_FIELDS = ("hooks", "vm", "windows", "solaris", "zos", "freebsd")

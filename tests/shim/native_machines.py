@@ -12,8 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from caisson.agent.pods.machines import GUEST_SHARED, MachineError, NoPort
+from caisson.agent.pods.machines import MachineError, NoPort
 from caisson.agent.shim.bundle import ProcessId
+from caisson.proto.contract import GUEST_SHARED
 from tests.support.poll import wait_until
 from tests.support.source import ROOT
 from tests.support.unique import unique

@@ -41,7 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # The guest's composition root
     "agent.services": (
         "agent.api", "agent.base", "agent.guest", "agent.libcontainer", "agent.model", "agent.options", "agent.rpc",
-        *API,
+        *API, CONTRACT,
     ),
     "agent.__main__": (
         "agent.api", "agent.base", "agent.debug_ports", "agent.guest", "agent.libcontainer", "agent.model",

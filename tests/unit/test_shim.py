@@ -15,7 +15,7 @@ import pytest
 from google.protobuf import any_pb2
 
 from caisson.agent.pods.guest import MAX_WAITS, until_plugged
-from caisson.agent.pods.machines import GUEST_SHARED, MachineError
+from caisson.agent.pods.machines import MachineError
 from caisson.agent.pods.network import NetworkError, links
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.responses import RpcError
@@ -24,12 +24,13 @@ from caisson.agent.shim.events import Publisher
 from caisson.agent.shim.host import OVERHEAD, size_of
 from caisson.agent.shim.launch import RUNTIME_OPTIONS, Arguments, _bootstrap_id, group_of, socket_path
 from caisson.agent.shim.options import RuntimeOptions, shim_cgroup
-from caisson.agent.shim.spec import GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
+from caisson.agent.shim.spec import UnsupportedSpec, fill, guest_spec, network_namespace
 from caisson.agent.shim.stats import UNLIMITED, metrics
 from caisson.agent.shim.task import TaskService
 from caisson.commands import machines, pods
 from caisson.commands.shim import FEATURES_URL, main
 from caisson.proto.containerd import bootstrap_pb2, linux_runc_options_pb2, options_pb2, runc_options_pb2, types_pb2
+from caisson.proto.contract import GUEST_SHARED, GUEST_SHM
 from caisson.proto.kata3 import agent_pb2, oci_pb2
 from tests.support.poll import until
 
