@@ -16,7 +16,7 @@ from caisson.agent.shim.bundle import TaskBundle
 from caisson.agent.shim.errors import ShimError, finished, not_found, wrong_state
 from caisson.agent.shim.pod import Pod
 from caisson.agent.shim.process import CREATED, RUNNING, STOPPED, Process
-from caisson.agent.shim.spec import Volume, fill, guest_spec, shares_pid_namespace
+from caisson.agent.shim.spec import Volume, fill_known, guest_spec, shares_pid_namespace
 from caisson.proto.kata3 import agent_pb2
 
 TYPE_CHECKING = False
@@ -85,7 +85,7 @@ class Container:
             container_id=self.id, exec_id=self.id, storages=storages,
             sandbox_pidns=shares_pid_namespace(self._document),
         )  # fmt: skip
-        fill(create.OCI, wanted.document)
+        fill_known(create.OCI, wanted.document)
         # The hooks concern the host's side of the pod, which is ready: they need not wait for the guest's.
         hooks = asyncio.ensure_future(self._run_hooks("prestart", "createRuntime"))
         try:
@@ -170,7 +170,7 @@ class Container:
         for name in ("apparmorProfile", "selinuxLabel"):
             document.pop(name, None)
         document["terminal"] = process.terminal
-        fill(request.process, document)
+        fill_known(request.process, document)
         await process.open()
         try:
             await self._pod.rpc.ExecProcess(request, timeout=CALL_TIMEOUT)

@@ -39,12 +39,13 @@ def status_of(error: Exception) -> tuple[StatusCode, str] | None:
     from caisson.agent.shim.cgroup import CgroupError
     from caisson.agent.shim.mounts import MountError
     from caisson.agent.shim.spec import UnsupportedSpec
+    from caisson.proto.from_json import FieldError
 
     if isinstance(error, ShimError):
         return error.code, str(error)
     if isinstance(error, RpcError):
         return error.code, error.text
-    if isinstance(error, UnsupportedSpec):
+    if isinstance(error, (FieldError, UnsupportedSpec)):
         return StatusCode.INVALID_ARGUMENT, str(error)
     if isinstance(error, (CgroupError, MachineError, MountError, NetworkError, OSError)):
         return StatusCode.UNKNOWN, str(error)

@@ -13,6 +13,7 @@ from typing import Any
 
 from caisson.agent.base.mountinfo import mount_points
 from caisson.proto.contract import GUEST_SHARED, GUEST_SHM
+from caisson.proto.from_json import fill
 from caisson.proto.record import Record
 
 #: Fields that are meaningful only on the host.
@@ -170,39 +171,9 @@ def network_namespace(document: dict[str, Any]) -> str:
     return next((str(one.get("path") or "") for one in namespaces if one.get("type") == "network"), "")
 
 
-#: Fields with another name on the wire.
-RENAMED = {"ociversion": "version"}
+def fill_known(message: Any, document: dict[str, Any]) -> None:
+    """Fill a message from a JSON object, without the fields that the wire lacks, as runtimes ignore unknown ones.
 
-
-def fill(message: Any, document: dict[str, Any]) -> None:
-    """Fill a message from a JSON object.  A field that the wire lacks is left out, as runtimes ignore unknown ones.
-
-    Raises ValueError for a value of another type.
+    Raises FieldError.
     """
-    fields = {str(field.name).lower().replace("_", ""): field for field in message.DESCRIPTOR.fields}
-    for name, value in document.items():
-        field = fields.get(RENAMED.get(name.lower(), name.lower()))
-        if field is None or value is None:
-            continue
-        try:
-            _set(message, field, value)
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{name}: {error}") from error
-
-
-def _set(message: Any, field: Any, value: Any) -> None:
-    target = getattr(message, field.name)
-    if field.message_type is None:
-        if field.is_repeated:
-            target.extend(value)
-        else:
-            setattr(message, field.name, value)
-    elif field.message_type.GetOptions().map_entry:
-        for key, one in value.items():
-            target[key] = one
-    elif field.is_repeated:
-        for one in value:
-            fill(target.add(), one)
-    else:
-        target.SetInParent()
-        fill(target, value)
+    fill(message, document, unknown=lambda field: None)

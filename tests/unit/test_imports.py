@@ -11,6 +11,7 @@ from tests.support.source import PACKAGES, Module, modules, within
 #: What both halves have to agree on, except the protocols of the agent's API.
 CONTRACT = "proto.contract"
 FOREIGN_TEXT = "proto.foreign_text"
+FROM_JSON = "proto.from_json"
 
 #: A type of value, which every module may use.
 RECORD = "proto.record"
@@ -49,7 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "agent": (),
     # The host's side of the API; and the shim, to which VMs are passed in
-    "agent.client": ("agent.base", "agent.rpc", *API, CONTRACT, FOREIGN_TEXT),
+    "agent.client": ("agent.base", "agent.rpc", *API, CONTRACT, FOREIGN_TEXT, FROM_JSON),
     "agent.pods": ("agent.base", "agent.rpc", "proto"),
     "agent.shim": ("agent.base", "agent.client", "agent.libcontainer", "agent.pods", "agent.rpc", "proto"),
     "agent.hypervisor": ("agent.base", "agent.pods", "agent.rpc", "proto"),

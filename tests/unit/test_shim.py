@@ -19,18 +19,19 @@ from caisson.agent.pods.machines import MachineError
 from caisson.agent.pods.network import NetworkError, links
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.responses import RpcError
-from caisson.agent.shim.errors import ShimError
+from caisson.agent.shim.errors import ShimError, status_of
 from caisson.agent.shim.events import Publisher
 from caisson.agent.shim.host import OVERHEAD, size_of
 from caisson.agent.shim.launch import RUNTIME_OPTIONS, Arguments, _bootstrap_id, group_of, socket_path
 from caisson.agent.shim.options import RuntimeOptions, shim_cgroup
-from caisson.agent.shim.spec import UnsupportedSpec, fill, guest_spec, network_namespace
+from caisson.agent.shim.spec import UnsupportedSpec, fill_known, guest_spec, network_namespace
 from caisson.agent.shim.stats import UNLIMITED, metrics
 from caisson.agent.shim.task import TaskService
 from caisson.commands import machines, pods
 from caisson.commands.shim import FEATURES_URL, main
 from caisson.proto.containerd import bootstrap_pb2, linux_runc_options_pb2, options_pb2, runc_options_pb2, types_pb2
 from caisson.proto.contract import GUEST_SHARED, GUEST_SHM
+from caisson.proto.from_json import FieldError
 from caisson.proto.kata3 import agent_pb2, oci_pb2
 from tests.support.poll import until
 
@@ -224,10 +225,14 @@ def test_a_vm_is_sized_by_limits() -> None:
 
 def test_fill_takes_json_names_and_ignores_unknown_ones() -> None:
     message = oci_pb2.Spec()
-    fill(message, {"ociVersion": "1.2.0", "process": {"noNewPrivileges": True, "args": ["a"]}, "of-tomorrow": {"x": 1}})
+    fill_known(
+        message, {"ociVersion": "1.2.0", "process": {"noNewPrivileges": True, "args": ["a"]}, "of-tomorrow": {"x": 1}}
+    )
     assert message.Version == "1.2.0" and message.Process.NoNewPrivileges and list(message.Process.Args) == ["a"]
-    with pytest.raises(ValueError, match="args"):
-        fill(oci_pb2.Spec(), {"process": {"args": 5}})
+    for wrong in (5, "sh", [5]):
+        with pytest.raises(FieldError, match=r"^process\.args") as raised:
+            fill_known(oci_pb2.Spec(), {"process": {"args": wrong}})
+        assert status_of(raised.value) == (StatusCode.INVALID_ARGUMENT, str(raised.value))
 
 
 @pytest.mark.parametrize(

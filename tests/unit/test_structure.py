@@ -40,6 +40,7 @@ SHORT_FILES = {
     "agent.client.network": ONE_OF_A_KIND,
     "agent.client.pytest_plugin": OWN_PROGRAM,
     "agent.client.share": ONE_OF_A_KIND,
+    "agent.client.wire_specs": "imported late: commands send JSON, and import no protobuf",
     "agent.guest.clock": LATE,
     "agent.guest.details": LATE,
     "agent.guest.identity": LATE,
