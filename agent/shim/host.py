@@ -68,16 +68,11 @@ class PodHost:
         """Start the VM of a pod from the configuration of its first container; ``wait`` reports errors."""
         try:
             size = size_of(document)
-            self._prepare(document, bundle)
+            holder = self._prepare(document, bundle)
+            self._starting = threading.Thread(target=self._start_machine, args=size)
+            self._starting.start()
+            holder.open()
         except BaseException as error:
-            self._error = error
-            return
-        self._starting = threading.Thread(target=self._start_machine, args=size)
-        self._starting.start()
-        assert self.holder is not None
-        try:
-            self.holder.open()
-        except network.NetworkError as error:
             self._error = error
 
     def wait(self) -> PodMachine:
@@ -93,7 +88,7 @@ class PodHost:
         assert self.machine is not None
         return self.machine
 
-    def _prepare(self, document: dict[str, Any], bundle: TaskBundle) -> None:
+    def _prepare(self, document: dict[str, Any], bundle: TaskBundle) -> network.Holder:
         self._cgroups = cgroup.planned(document)
         self.holder = network.Holder(network_namespace(document))
         self._holder_id = ProcessId.of(self.holder.pid)
@@ -101,6 +96,7 @@ class PodHost:
         self.record(bundle, owner=True)
         self._cgroup = HostCgroup.join(document, self._machines.pids)
         mounts.make_shared(self.shared)
+        return self.holder
 
     def _start_machine(self, memory: int, cpus: int) -> None:
         try:

@@ -128,6 +128,18 @@ async def test_a_failed_create_leaves_nothing(fake: FakeContainerd) -> None:
     assert fake.topics("c1") == []
 
 
+async def test_a_network_namespace_that_cannot_be_joined_fails_create_and_leaves_nothing(fake: FakeContainerd) -> None:
+    """It is joined while the VM starts."""
+    own = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]
+    network = {"type": "network", "path": "/proc/self/ns/none"}
+    task = await fake.start("c1", *SLEEP, linux={"namespaces": [*own, network]})
+    _, text = await task.refused("Create", bundle=str(task.bundle))
+    assert "/proc/self/ns/none: cannot be joined" in text
+    await task.call("Shutdown")
+    await fake.delete_program(task)
+    assert not list(fake.place.glob("agents/*/pid")) and not list(fake.place.glob("run-pods/*"))
+
+
 async def test_delete_rejects_what_runs_and_ends_what_was_only_created(fake: FakeContainerd) -> None:
     task = await fake.run("c1", *SLEEP)
     assert (await task.refused("Delete"))[0] == StatusCode.FAILED_PRECONDITION
