@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from struct import iter_unpack
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from caisson.agent.libcontainer.cgroups import CgroupError, HierarchyV2
 from caisson.agent.libcontainer.cgroups import device_program as devices
+from caisson.agent.libcontainer.cgroups.base import signal_pids
 from caisson.agent.libcontainer.cgroups.v2.settings import io_weight, settings, weight
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
@@ -34,6 +36,18 @@ def test_paths_that_are_none(path: str, tmp_path: Path) -> None:
     with pytest.raises(CgroupError):
         HierarchyV2(str(tmp_path)).create(path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pids_that_are_free_or_a_threads_are_not_signalled() -> None:
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        signal_pids([thread.native_id or 0, 1 << 22], 9)
+        assert thread.is_alive()
+    finally:
+        done.set()
+        thread.join()
 
 
 def values(document: dict[str, Any], **now: str) -> list[tuple[str, str]]:
