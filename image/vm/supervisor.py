@@ -141,7 +141,6 @@ class Supervisor:
         """Start everything and wait until it exits, which raises Ended."""
         config, directory = self._config, self._directory
         image = Path(config["image"])
-        source = Path(config["snapshot"]) if config["snapshot"] else None
         accelerator, transport = Choice(**config["accel"]), Choice(**config["vsock"])
         text, manifest = qemu.read_manifest(image)
         # A description of the running image, even if it is removed from the builder's cache.
@@ -149,8 +148,9 @@ class Supervisor:
         version = tuple(config["program"]["version"])  # JSON has no tuples
         program = qemu.QemuProgram(**config["program"] | {"version": version})
         with directory.qemu_log.open("wb") as log, ChildProcesses(log) as children, contextlib.ExitStack() as stack:
-            memory = self._open_memory(source, transport.name, stack)
-            device = self._prepare_device(source, transport.name, stack)
+            saved = stack.enter_context(ram.SavedFiles(Path(config["snapshot"]))) if config["snapshot"] else None
+            memory = self._open_memory(saved, transport.name, stack)
+            device = self._prepare_device(saved is not None, transport.name, stack)
             devices = qemu.Devices(
                 console=directory.console,
                 qmp=directory.qmp_socket,
@@ -158,7 +158,7 @@ class Supervisor:
                 vsock_fd=device.fd if device else -1,
                 cid=device.cid if device else 0,
                 ram=Path(f"/proc/self/fd/{memory.fileno()}") if memory else None,
-                clone=source is not None,
+                clone=saved is not None,
                 firmware=directory.firmware if config["firmware"] else None,
             )
             wanted = qemu.MachineSpec.of(directory.name, accelerator.name, config)
@@ -171,12 +171,12 @@ class Supervisor:
             spawned = time.monotonic()
             children.spawn("qemu", command, fds, qemu_confinement(config, directory, image, manifest))
             shares = Shares(directory, children, config["root_share"])
-            plug = qemu.vsock_plug(transport.name) if source else []
+            plug = qemu.vsock_plug(transport.name) if saved else []
             for number, (tag, (path, writable)) in enumerate(config["virtiofs"].items()):
                 socket_path = shares.serve(tag, Path(path), writable)
                 plug += virtiofs.plug(tag, str(socket_path), f"port{number}")
-            if source and self._ram:  # while these start: it is not read before the state is restored
-                ram.fill(self._ram, source)
+            if saved and self._ram:  # while these start: it is not read before the state is restored
+                ram.fill(self._ram, saved)
             if device:
                 device.close_inherited()
                 device.wait()
@@ -190,29 +190,32 @@ class Supervisor:
                 "virtiofs": shares.served,
             }
             self._publish()
-            if source:
+            if saved:
                 running = partial(children.is_running, "qemu")
-                migration.restore(directory.qmp_socket, self._scratch, source, program.title, running, plug)
+                migration.restore(directory.qmp_socket, self._scratch, saved, program.title, running, plug)
+                saved.close()
                 if self._ram:
                     self._ram.close()  # QEMU and the device have it
                     self._ram = None
             self._watch(children, control, shares)
 
-    def _open_memory(self, source: Path | None, transport: str, stack: contextlib.ExitStack) -> IO[bytes] | None:
+    def _open_memory(
+        self, saved: ram.SavedFiles | None, transport: str, stack: contextlib.ExitStack
+    ) -> IO[bytes] | None:
         """Open the file that is the guest's memory; None where QEMU allocates it."""
-        if source and transport == "vhost":
+        if saved and transport == "vhost":
             # QEMU maps it privately.  By a descriptor: its own mounts are read-only.
-            return stack.enter_context((source / "ram").open("rb"))
-        if source or self._config["savable"]:
+            return saved.memory
+        if saved or self._config["savable"]:
             self._ram = stack.enter_context(ram.memory_file(self._config["memory"]))
         return self._ram
 
-    def _prepare_device(self, source: Path | None, transport: str, stack: contextlib.ExitStack) -> vsock.Backend | None:
+    def _prepare_device(self, clone: bool, transport: str, stack: contextlib.ExitStack) -> vsock.Backend | None:
         """Prepare the vsock device; None for a guest to be saved, whose clones get one each."""
         if transport != "vhost" and self._config["savable"]:
             return None
         # A clone's CID must differ from its siblings', even if nothing else requires it.
-        cid = vsock.random_cid() if source else vsock.USER_CID
+        cid = vsock.random_cid() if clone else vsock.USER_CID
         return stack.enter_context(vsock.prepare(transport, self._directory, cid))
 
     def _describe(self, accelerator: Choice, transport: Choice, cid: int | None) -> dict[str, Any]:

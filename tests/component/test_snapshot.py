@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,12 +43,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def stored(name: str, tmp_path: Path, text: bytes = b"memory") -> Snapshot:
+def stored(name: str, tmp_path: Path, text: bytes = b"memory", state: bytes = b"state") -> Snapshot:
     """Store a snapshot in the cache, of a VM without a guest."""
     with (tmp_path / "guest").open("w+b", buffering=0) as file:
         file.truncate(1 << 20)
         file.write(text)
-        store(Snapshot(name, snapshot_directory(name), tmp_path, COMPATIBILITY, 256, 1, ""), file.fileno(), b"state")
+        store(Snapshot(name, snapshot_directory(name), tmp_path, COMPATIBILITY, 256, 1, ""), file.fileno(), state)
     found = Snapshot.load(name)
     assert found is not None
     return found
@@ -76,6 +81,34 @@ def test_it_is_found_by_its_name_replaced_and_cleaned(tmp_path: Path, cache: Pat
     assert clean(cache)
     assert Snapshot.load("t") is None
     assert [path.name for path in (cache / "snapshots").iterdir()] == []
+
+
+@contextlib.contextmanager
+def when_opened(path: Path, act: Callable[[], object]) -> Iterator[None]:
+    """Act when anybody opens a file, who waits meanwhile: fcntl(2), leases."""
+
+    def opened(_: int, __: object) -> None:
+        act()
+        fcntl.fcntl(file.fileno(), fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+    former = signal.signal(signal.SIGIO, opened)
+    try:
+        with path.open("r+b") as file:
+            fcntl.fcntl(file.fileno(), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            yield
+    finally:
+        signal.signal(signal.SIGIO, former)
+
+
+@pytest.mark.parametrize("opens", ["ram", "state"])
+def test_memory_and_state_are_of_one_snapshot_even_if_it_is_replaced(tmp_path: Path, cache: Path, opens: str) -> None:
+    directory = stored("t", tmp_path, b"old memory", b"old state").directory
+    code = "import sys, pathlib; from caisson.image.vm.snapshot.ram import SavedFiles as S; "
+    code += "files = S(pathlib.Path(sys.argv[1])); print(files.memory.read(3) + files.state.read(3))"
+    with when_opened(directory / opens, lambda: stored("t", tmp_path, b"new memory", b"new state")):
+        words = [sys.executable, "-c", code, str(directory)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() in ("b'oldold'", "b'newnew'")
 
 
 def test_a_snapshot_is_for_its_owner_only(tmp_path: Path, cache: Path) -> None:
@@ -205,6 +238,23 @@ def test_a_saved_guest_runs_on_in_clones(image: Path, tmp_path: Path) -> None:
         assert not one.agent_socket.with_name("state.sock").exists()
     nothing_left(tmp_path / "r")
     assert hashlib.sha256((snapshot.directory / "ram").read_bytes()).digest() == before
+
+
+def test_a_clone_has_the_state_of_its_memory_even_if_the_snapshot_is_replaced(image: Path, tmp_path: Path) -> None:
+    snapshot = saved_guest(image)
+    other = tmp_path / "other"
+    shutil.copytree(snapshot.directory, other)
+    (other / "state").write_bytes(b"another guest's")
+
+    def replace() -> None:
+        snapshot.directory.rename(tmp_path / "old")
+        other.rename(snapshot.directory)
+
+    config = VMConfig.clone(snapshot, accel="tcg", vsock="user")
+    with when_opened(snapshot.directory / "ram", replace), VM.start(config, ready=Path.is_socket, timeout=60) as vm:
+        assert vm.info["snapshot"] == "t"
+    assert not other.exists()
+    nothing_left(tmp_path / "r")
 
 
 def test_another_image_is_refused(image: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from caisson.image.vm.snapshot.ram import SavedFiles
+
 #: Seconds for QEMU to answer, and to save or restore: the state is less than a MiB, the machine may be busy.
 MIGRATION_TIMEOUT = 60.0
 
@@ -69,7 +71,7 @@ def _receive(connection: socket.socket) -> bytes:
 def restore(
     monitor: Path,
     scratch: Path,
-    snapshot: Path,
+    saved: SavedFiles,
     version: str,
     alive: Callable[[], bool],
     plug: Iterable[tuple[str, dict[str, Any]]] = (),
@@ -79,12 +81,12 @@ def restore(
     ``version`` is the one that has saved it; ``plug``: commands that add devices before the guest resumes; the others
     are as above.  Raises VMError.
     """
-    state = (snapshot / "state").read_bytes()
+    state = saved.state.read()
     with _connect(monitor, alive) as qemu:
         if qemu.version != version:
             from caisson.image.vm.snapshot.snapshot import TITLES, misfit
 
-            raise misfit(snapshot.name, TITLES["qemu"], version, qemu.version)
+            raise misfit(saved.name, TITLES["qemu"], version, qemu.version)
         qemu.execute("migrate-set-capabilities", CAPABILITIES)
         qemu.execute("migrate-incoming", {"uri": f"unix:{scratch}"})
         try:

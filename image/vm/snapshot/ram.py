@@ -1,10 +1,11 @@
-"""A guest's memory as a file: copied with its holes, so that unused memory costs nothing."""
+"""A guest's memory as a file: copied with its holes, so that unused memory costs nothing; and a snapshot's files."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +13,59 @@ from caisson.image.vm.errors import VMError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import IO
+    from typing import IO, Self
 
 PAGE = 4096
 BLOCK = 1 << 20
 
 ZEROS = bytes(PAGE)
+
+#: How often to look for a snapshot that is being replaced, and seconds between.
+ATTEMPTS = 10
+REPLACED_INTERVAL = 0.01
+
+
+class SavedFiles:
+    """A snapshot's memory and state, opened together: it may be replaced or removed while a clone of it starts, and
+    the memory of one guest with the state of another is a guest that corrupts itself.
+    """
+
+    def __init__(self, snapshot: Path) -> None:
+        """Raises VMError."""
+        self.name = snapshot.name
+        for attempt in range(ATTEMPTS):
+            try:
+                self.memory, self.state = _opened(snapshot, "ram", "state")
+                return
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError) or attempt == ATTEMPTS - 1:
+                    raise VMError(f"snapshot {snapshot}: cannot be opened: {error.strerror or error}") from error
+            time.sleep(REPLACED_INTERVAL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close both: open, a snapshot that was replaced takes room on the disk."""
+        self.memory.close()
+        self.state.close()
+
+
+def _opened(directory: Path, *names: str) -> list[IO[bytes]]:
+    """Open files of one directory, even if another one gets its name meanwhile.  Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, parent)
+        files: list[IO[bytes]] = []
+        with contextlib.ExitStack() as opened:
+            for name in names:
+                descriptor = os.open(name, os.O_RDONLY, dir_fd=parent)
+                files.append(opened.enter_context(open(descriptor, "rb", buffering=0)))  # noqa: PTH123
+            opened.pop_all()
+        return files
 
 
 @contextlib.contextmanager
@@ -28,13 +76,12 @@ def memory_file(mebibytes: int) -> Iterator[IO[bytes]]:
         yield file
 
 
-def fill(file: IO[bytes], snapshot: Path) -> None:
+def fill(file: IO[bytes], saved: SavedFiles) -> None:
     """Copy the memory of a snapshot into a new one.  Raises VMError."""
     try:
-        with (snapshot / "ram").open("rb") as saved:
-            copy(saved.fileno(), file.fileno())
+        copy(saved.memory.fileno(), file.fileno())
     except OSError as error:
-        raise VMError(f"snapshot {snapshot}: its memory cannot be copied: {error.strerror or error}") from error
+        raise VMError(f"the snapshot's memory cannot be copied: {error.strerror or error}") from error
 
 
 def extents(descriptor: int) -> Iterator[tuple[int, int]]:
