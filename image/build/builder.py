@@ -67,7 +67,7 @@ class Image:
         except (OSError, ValueError) as error:
             why = (error.strerror or "").lower() if isinstance(error, OSError) else error
             raise ImageError(f"{directory}: contains no image ({why}); build one: caisson build-image") from error
-        if document.get("format") != manifest.FORMAT:
+        if not isinstance(document, dict) or document.get("format") != manifest.FORMAT:
             raise ImageError(f"{directory}: its image has a different format; build it again: caisson build-image")
         return cls(directory.resolve(), document)
 

@@ -168,6 +168,8 @@ def read_manifest(image: Path) -> tuple[str, dict[str, Any]]:
         manifest = dict(json.loads(text))
         architecture_of(manifest)
         for part in (manifest["kernel"]["file"], manifest["root"]["file"]):
+            if "/" in part:  # QEMU reads it as whoever starts it, and the guest gets it
+                raise ValueError(f"{part!r} is not a file in its directory")
             if not (image / part).is_file():
                 raise VMError(f"{image}: its image lacks {part}; build it again: caisson build-image")
         str(manifest["cmdline"])
@@ -175,7 +177,8 @@ def read_manifest(image: Path) -> tuple[str, dict[str, Any]]:
         why = (error.strerror or "").lower()
         raise VMError(f"{image}: contains no image ({why}); build one: caisson build-image") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise VMError(f"{image / 'image.json'} does not describe an image: {error!r}") from error
+        why = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+        raise VMError(f"{image / 'image.json'} does not describe an image: {why}") from error
     return text, manifest
 
 

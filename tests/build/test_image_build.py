@@ -270,9 +270,10 @@ def test_the_same_sources_give_the_same_bytes_under_another_umask(
 def test_a_directory_that_holds_no_image(tmp_path: Path) -> None:
     with pytest.raises(image.ImageError, match=r"contains no image \(no such file or directory\); build one: caisson"):
         image.Image.load(tmp_path)
-    (tmp_path / "image.json").write_text('{"format": 99}')
-    with pytest.raises(image.ImageError, match="different format; build it again"):
-        image.Image.load(tmp_path)
+    for text in ('{"format": 99}', "[]"):
+        (tmp_path / "image.json").write_text(text)
+        with pytest.raises(image.ImageError, match="different format; build it again"):
+            image.Image.load(tmp_path)
 
 
 def test_sources_that_change_meanwhile_are_not_taken_for_those_of_the_key(

@@ -286,6 +286,16 @@ def test_a_manifest_that_is_none_is_refused(image: Images, text: str) -> None:
         start(broken)
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../secret"])
+def test_a_guest_gets_no_file_from_outside_its_image(image: Images, name: str) -> None:
+    there = image("")
+    (there.parent / "secret").write_text("the host's")
+    manifest = json.loads((there / "image.json").read_text())
+    (there / "image.json").write_text(json.dumps(manifest | {"root": manifest["root"] | {"file": name}}))
+    with pytest.raises(VMError, match=f"does not describe an image: '{name}' is not a file in its directory"):
+        start(there)
+
+
 @pytest.mark.parametrize("options", [{"memory": 1}, {"cpus": 0}, {"cpus": 1000}])
 def test_sizes_without_sense(options: dict[str, int]) -> None:
     with pytest.raises(VMError, match="--"):
