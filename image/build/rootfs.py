@@ -150,4 +150,7 @@ def busybox_rootfs(tree: Path, target: Path, etc: Path, native: Path) -> None:
 
 def _busybox(tree: Path) -> Path:
     names = ("bin/busybox", "usr/bin/busybox", "bin/busybox.static", "usr/bin/busybox.static")  # the latter: Alpine's
-    return next(tree / name for name in names if (tree / name).exists())
+    found = next((tree / name for name in names if (tree / name).exists()), None)
+    if found is None:
+        raise ImageError(f"busybox: the package in the definition has no {names[0]}; name one like busybox-static")
+    return found

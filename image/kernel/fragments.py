@@ -67,10 +67,12 @@ def parse(file: Path) -> list[Request]:
     """Parse one fragment into requests, in its order.  Raises FragmentError that names the line."""
     requests = []
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         known = ", ".join(sorted(path.stem for path in file.parent.glob("*.conf")))
         raise FragmentError(f"there is no kernel fragment {file.stem!r}; there are: {known}") from error
+    except UnicodeDecodeError as error:
+        raise FragmentError(f"{file}: is not UTF-8 at byte {error.start}") from error
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue

@@ -177,7 +177,7 @@ def read_manifest(image: Path) -> tuple[str, dict[str, Any]]:
         why = (error.strerror or "").lower()
         raise VMError(f"{image}: contains no image ({why}); build one: caisson build-image") from error
     except (ValueError, TypeError, KeyError) as error:
-        why = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+        why = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise VMError(f"{image / 'image.json'} does not describe an image: {why}") from error
     return text, manifest
 

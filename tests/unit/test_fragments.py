@@ -60,6 +60,12 @@ def test_a_fragment_that_is_not_there_names_those_that_are() -> None:
         fragments.parse(TEMPLATES / "kernel" / "vsok.conf")
 
 
+def test_a_fragment_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.conf").write_bytes(b"# \xff\n")
+    with pytest.raises(FragmentError, match=r"mine\.conf: is not UTF-8 at byte 2"):
+        fragments.parse(tmp_path / "mine.conf")
+
+
 def test_two_values_of_one_symbol_name_both_lines(tmp_path: Path) -> None:
     one = read(tmp_path, "CONFIG_NET=y: sockets\n", "one.conf")
     two = read(tmp_path, "# hm\nCONFIG_NET=n: no network\n", "two.conf")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from caisson.image.build.definition import load
-from caisson.image.build.rootfs import prune
+from caisson.image.build.rootfs import busybox_rootfs, prune
 from caisson.image.build.template_files import TemplateFiles
 from caisson.image.errors import ImageError
 
@@ -124,3 +124,8 @@ def test_pruning_removes_nothing_outside_the_tree(tmp_path: Path) -> None:
     (tree / "there").symlink_to(outside)
     prune(tree, ["there/*", "here/*", "*/certificate"], [])
     assert (outside / "certificate").exists() and not list((tree / "share/certs").iterdir())
+
+
+def test_a_package_without_a_busybox_is_refused_in_plain_words(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"busybox: the package in the definition has no bin/busybox"):
+        busybox_rootfs(tmp_path, tmp_path / "target", tmp_path, tmp_path)
