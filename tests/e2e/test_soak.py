@@ -1,6 +1,6 @@
 """Run thousands of containers and execs in one guest: descriptors, memory, disk and mounts are flat on both sides.
 
-CAISSON_SOAK is the number of each ("200,1000"; "10000,50000" for the full run, which takes hours under emulation).
+CAISSON_SOAK is the number of each ("200,1000"; "10000,50000" for the full run, which takes an hour under emulation).
 """
 
 from __future__ import annotations
