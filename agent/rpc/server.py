@@ -26,6 +26,7 @@ class Server:
         self._log = log
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self._connections: set[Connection] = set()
+        self._all_closed: asyncio.Event | None = None
         self._silent: set[asyncio.BaseTransport] = set()  # no input yet on these
         self._protocols: dict[int, tuple[str, Callable[[], Connection]]] = {}
         if grpc is not None:  # of HTTP/2's preface, RFC 9113 section 3.4
@@ -61,8 +62,12 @@ class Server:
         await asyncio.get_running_loop().connect_accepted_socket(self.accept, far)
         return near
 
-    async def stop(self, grace: float) -> None:
-        """Accept no more requests; those in progress get ``grace`` seconds.  Closes all connections."""
+    async def stop(self, grace: float, linger: float = 0.0) -> None:
+        """Accept no more requests; those in progress get ``grace`` seconds.  Closes all connections.
+
+        Their clients get ``linger`` seconds to close them first: Go's ttrpc may report a connection that closes right
+        after a response as closed, and drop the response (client.go, dispatch).
+        """
         for transport in self._silent:
             transport.close()
         calls: list[asyncio.Task[None]] = []
@@ -71,8 +76,19 @@ class Server:
             calls += connection.calls
         if calls:
             await asyncio.wait(calls, timeout=grace)
+        if linger and self._connections:
+            self._all_closed = asyncio.Event()
+            try:
+                await asyncio.wait_for(self._all_closed.wait(), linger)
+            except TimeoutError:
+                pass
         for connection in list(self._connections):
             connection.close()
+
+    def _forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if self._all_closed is not None and not self._connections:
+            self._all_closed.set()
 
     def _choose(self, first: int) -> Connection | None:
         if first not in self._protocols:
@@ -94,12 +110,12 @@ class Server:
 
         largest = grpc.PREFIX_SIZE + grpc.MAX_MESSAGE
         serve = partial(grpc.serve, dispatch)
-        return Http2Connection(serve, largest, self._buffer, self._log, self._connections.discard)
+        return Http2Connection(serve, largest, self._buffer, self._log, self._forget)
 
     def _ttrpc_connection(self, dispatch: Dispatch) -> Connection:
         from caisson.agent.rpc.ttrpc.server import TtrpcConnection
 
-        return TtrpcConnection(dispatch, self._buffer, self._log, self._connections.discard)
+        return TtrpcConnection(dispatch, self._buffer, self._log, self._forget)
 
 
 class _FirstByte(asyncio.BufferedProtocol):

@@ -31,6 +31,9 @@ SANDBOX = Service(sandbox_pb2.DESCRIPTOR.services_by_name["Sandbox"], SandboxSer
 #: Seconds to forward the last events on exit.
 FLUSH_TIMEOUT = 3.0
 
+#: Seconds for containerd to close its connection once it has the last response.
+LINGER = 0.3
+
 
 def serve(listener: socket.socket, arguments: Arguments, machines: Machines, begun: PodHost | None = None) -> None:
     """Serve until Shutdown or SIGTERM; then nothing of the pod is left, even if its host's part has only ``begun``."""
@@ -68,7 +71,7 @@ async def _serve(listener: socket.socket, arguments: Arguments, machines: Machin
         await unwanted.release()
         await unwanted.stop()
     await publisher.flush(FLUSH_TIMEOUT)
-    await server.stop(grace=1.0)
+    await server.stop(grace=1.0, linger=LINGER)
     for job in jobs:
         job.cancel()
     await asyncio.gather(*jobs, return_exceptions=True)

@@ -104,6 +104,25 @@ async def test_a_stop_waits_for_what_has_begun_and_refuses_the_rest() -> None:
         await stop
 
 
+async def test_a_stop_lets_clients_close_first() -> None:
+    """Go's client drops a response if its connection is closed by the time it looks."""
+    async with connected() as pair:
+        await pair.still_serves()
+        stop = asyncio.ensure_future(pair.server.stop(grace=20, linger=60))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(pair.receive(), 0.05)
+        pair.sock.close()
+        await asyncio.wait_for(stop, 20)
+
+
+async def test_a_client_that_does_not_close_is_not_waited_for() -> None:
+    async with connected() as pair:
+        await pair.still_serves()
+        await asyncio.wait_for(pair.server.stop(grace=20, linger=0.01), 20)
+        with pytest.raises(EOFError):
+            await pair.receive()
+
+
 BROKEN = [
     (frames.frame(2, frames.REQUEST, b""), 2, StatusCode.INVALID_ARGUMENT, "stream id must be odd"),
     (frames.frame(0, frames.REQUEST, b""), 0, StatusCode.INVALID_ARGUMENT, "stream id must be odd"),
