@@ -91,7 +91,11 @@ class PodHost:
     def _prepare(self, document: dict[str, Any], bundle: TaskBundle) -> network.Holder:
         self._cgroups = cgroup.planned(document)
         self.holder = network.Holder(network_namespace(document))
-        self._holder_id = ProcessId.of(self.holder.pid)
+        try:
+            self._holder_id = ProcessId.of(self.holder.pid)
+        except ProcessLookupError:
+            self.holder.open()  # raises the reason
+            raise
         self._helpers = [ProcessId.of(pid) for pid in self._machines.pids]
         self.record(bundle, owner=True)
         self._cgroup = HostCgroup.join(document, self._machines.pids)
@@ -105,7 +109,7 @@ class PodHost:
             share = (SHARE_TAG, self.shared)
             self.machine = self._machines.start(self.name, memory=memory, cpus=cpus, share=share)
         except BaseException as error:
-            self._error = error
+            self._error = self._error or error
 
     def abort(self) -> None:
         """Make ``wait`` fail soon: the VM is no longer needed.  Raises MachineError."""
