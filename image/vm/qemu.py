@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 #: Older versions do not tell vhost-user devices to enable their rings, and lack options used here.
 MIN_VERSION = (7, 2)
+UNKNOWN = (0, 0)
 
 #: Older versions may run stale code when one virtual CPU rewrites what another is about to execute: kernels patch
 #: static keys, and one boot in a hundred panics with "int3".  With one thread for all CPUs that cannot happen.  (Fixed
@@ -192,9 +193,15 @@ def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
 
 def probe(architecture: Architecture) -> QemuProgram:
     """Find a QEMU that is new enough, and run it for its version.  Raises VMError that says what to install."""
-    program = _path(architecture)
-    answer = _version(program, Path(program).stat().st_mtime_ns)
-    return _of_version(program, answer.partition("version ")[2].partition("\n")[0].strip())
+    path = _path(architecture)
+    answer = _version(path, Path(path).stat().st_mtime_ns)
+    program = _of_version(path, answer.partition("version ")[2].partition("\n")[0].strip())
+    least = ".".join(map(str, MIN_VERSION))
+    if program.version == UNKNOWN:
+        raise VMError(f"{path}: prints no version; install QEMU {least} or newer")
+    if program.version < MIN_VERSION:
+        raise VMError(f"{path}: is version {program.title}; install QEMU {least} or newer")
+    return program
 
 
 def expected(architecture: Architecture, title: str) -> QemuProgram:
@@ -215,12 +222,7 @@ def _path(architecture: Architecture) -> str:
 
 def _of_version(program: str, title: str) -> QemuProgram:
     found = re.match(r"(\d+)\.(\d+)", title)
-    if not found:
-        raise VMError(f"{program}: prints no version; install QEMU {MIN_VERSION[0]}.{MIN_VERSION[1]} or newer")
-    version = int(found[1]), int(found[2])
-    if version < MIN_VERSION:
-        raise VMError(f"{program}: is version {found[0]}; install QEMU {MIN_VERSION[0]}.{MIN_VERSION[1]} or newer")
-    return QemuProgram(program, version, title)
+    return QemuProgram(program, (int(found[1]), int(found[2])) if found else UNKNOWN, title)
 
 
 @lru_cache(maxsize=8)
