@@ -16,8 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import IO, Self
 
-#: Killed at once: whatever they would put in order on request, QEMU for 30 ms, goes with the guest.  What that has
-#: written to a disk is in the host's page cache already.
+#: Processes that are killed without being asked to exit: what they would clean up disappears with the guest, and takes
+#: QEMU 30 ms.  What it has written to a disk is in the host's page cache already.
 KILLED = ("qemu", "vsock")
 
 #: Seconds for any other to exit on request; then it is killed, as it has no state to lose.

@@ -16,7 +16,7 @@ from caisson.image.vm.directory import VMDirectory
 STOPPED = "it was stopped"
 POWERED_OFF = "the guest has powered off"
 
-#: Names of a VM's processes in others.
+#: How other reasons name a VM's processes.
 TITLES = {"qemu": "QEMU", "vsock": "the vsock device"}
 
 #: Seconds to keep a reason.

@@ -148,7 +148,9 @@ class Supervisor:
         version = tuple(config["program"]["version"])  # JSON has no tuples
         program = qemu.QemuProgram(**config["program"] | {"version": version})
         with directory.qemu_log.open("wb") as log, ChildProcesses(log) as children, contextlib.ExitStack() as stack:
-            saved = stack.enter_context(ram.SavedFiles(Path(config["snapshot"]))) if config["snapshot"] else None
+            saved = ram.SavedFiles(Path(config["snapshot"])) if config["snapshot"] else None
+            if saved:
+                stack.callback(saved.close)
             memory = self._open_memory(saved, transport.name, stack)
             device = self._prepare_device(saved is not None, transport.name, stack)
             devices = qemu.Devices(

@@ -7,13 +7,14 @@ import errno
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from caisson.image.vm.errors import VMError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import IO, Self
+    from typing import IO
 
 PAGE = 4096
 BLOCK = 1 << 20
@@ -26,12 +27,14 @@ REPLACED_INTERVAL = 0.01
 
 
 class SavedFiles:
-    """A snapshot's memory and state, opened together: it may be replaced or removed while a clone of it starts, and
-    the memory of one guest with the state of another is a guest that corrupts itself.
+    """A snapshot's memory and state, opened together.
+
+    The snapshot may be replaced while a clone starts, which with the memory of one guest and the state of another would
+    corrupt itself.
     """
 
     def __init__(self, snapshot: Path) -> None:
-        """Raises VMError."""
+        """Open both.  Raises VMError."""
         self.name = snapshot.name
         for attempt in range(ATTEMPTS):
             try:
@@ -39,14 +42,9 @@ class SavedFiles:
                 return
             except OSError as error:
                 if not isinstance(error, FileNotFoundError) or attempt == ATTEMPTS - 1:
-                    raise VMError(f"snapshot {snapshot}: cannot be opened: {error.strerror or error}") from error
+                    why = f"{error.strerror or error}; save it again: caisson save-snapshot {self.name}"
+                    raise VMError(f"snapshot {self.name!r} cannot be opened: {why}") from error
             time.sleep(REPLACED_INTERVAL)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close both: open, a snapshot that was replaced takes room on the disk."""
@@ -56,16 +54,17 @@ class SavedFiles:
 
 def _opened(directory: Path, *names: str) -> list[IO[bytes]]:
     """Open files of one directory, even if another one gets its name meanwhile.  Raises OSError."""
-    with contextlib.ExitStack() as stack:
-        parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        stack.callback(os.close, parent)
-        files: list[IO[bytes]] = []
+    parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
         with contextlib.ExitStack() as opened:
-            for name in names:
-                descriptor = os.open(name, os.O_RDONLY, dir_fd=parent)
-                files.append(opened.enter_context(open(descriptor, "rb", buffering=0)))  # noqa: PTH123
+            opener = partial(os.open, dir_fd=parent)
+            files: list[IO[bytes]] = [
+                opened.enter_context(open(name, "rb", buffering=0, opener=opener)) for name in names
+            ]
             opened.pop_all()
-        return files
+            return files
+    finally:
+        os.close(parent)
 
 
 @contextlib.contextmanager
@@ -81,7 +80,7 @@ def fill(file: IO[bytes], saved: SavedFiles) -> None:
     try:
         copy(saved.memory.fileno(), file.fileno())
     except OSError as error:
-        raise VMError(f"the snapshot's memory cannot be copied: {error.strerror or error}") from error
+        raise VMError(f"snapshot {saved.name!r}: its memory cannot be copied: {error.strerror or error}") from error
 
 
 def extents(descriptor: int) -> Iterator[tuple[int, int]]:
