@@ -33,6 +33,9 @@ USAGE_ERRORS = ("caisson.agent.client.errors:UsageError", "caisson.image.vm.erro
 #: That of a container that has exited, or does not exist.
 NO_CONTAINER = "caisson.agent.client.errors:ContainerUnavailable"
 
+#: Errors of writing, which have no file name: to a full disk, beyond a quota, beyond `ulimit -f`.
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 #: First words that request the overview; the last two are Invoke's.
 OVERVIEW_WORDS = ("--help", "-h", "--list", "-l")
 
@@ -158,8 +161,8 @@ def one_line(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # a write error has no file name
-        return f"output: {error.strerror}; free some space and try again"
+    if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+        return f"output: {error.strerror}; make room for it, or write it elsewhere"
     return ""
 
 

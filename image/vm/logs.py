@@ -67,10 +67,10 @@ BLOCK = 1 << 16
 
 
 class Follower:
-    """Pass data appended to a file to a callback, in a thread, while the block runs and once more after it.
+    """Pass data appended to a file to a callback: by `read`, or in a thread while a block runs and once more after it.
 
-    A reader slower than the writer misses what the ring has dropped.  After an OSError the callback is not called
-    again: its output is closed.
+    A reader slower than the writer misses what the ring has dropped.  In a block the callback is not called again after
+    an OSError: its output is closed.
     """
 
     #: Polling interval in seconds: inotify would save little, and the file may not exist yet.
@@ -89,9 +89,16 @@ class Follower:
 
     def _follow(self) -> None:
         while not self._stop.wait(self._interval):
-            self._read_appended()
+            self._try_read()
 
-    def _read_appended(self) -> None:
+    def _try_read(self) -> None:
+        try:
+            self.read()
+        except OSError:
+            self._callback = None
+
+    def read(self) -> None:
+        """Pass on what has been appended.  Raises OSError, if the callback does."""
         if self._callback is None:
             return
         if self._stream is None:
@@ -100,27 +107,28 @@ class Follower:
             except FileNotFoundError:
                 return
         end = os.fstat(self._stream.fileno()).st_size  # do not get stuck in a flood
-        while self._callback is not None and self.position < end:
+        while self.position < end:
             self.position = max(self.position, ring_start(os.fstat(self._stream.fileno()).st_size))
             self._stream.seek(self.position)
             data = self._stream.read(BLOCK)
             if not data:
                 return
             self.position += len(data)
-            try:
-                self._callback(data)
-            except OSError:
-                self._callback = None
+            self._callback(data)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
 
     def __enter__(self) -> None:
         if self._callback is not None:
-            self._read_appended()
+            self._try_read()
             self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         if self._thread.ident is not None:
             self._stop.set()
             self._thread.join()
-            self._read_appended()
-        if self._stream is not None:
-            self._stream.close()
+            self._try_read()
+        self.close()

@@ -82,12 +82,15 @@ class RunningVM:
         return self._info
 
     def show(self, console: Callable[[bytes], None], *, follow: bool) -> None:
-        """Pass on the guest's output so far, and with ``follow`` until the VM exits."""
+        """Pass on the guest's output so far, and with ``follow`` until the VM exits.  Raises OSError of ``console``."""
         from caisson.image.vm.logs import Follower  # late: only a viewer needs it
 
-        with Follower(self._directory.console, console), self.exit_fd() as supervisor:
+        with contextlib.closing(Follower(self._directory.console, console)) as log, self.exit_fd() as supervisor:
+            log.read()
             if follow and supervisor is not None:
-                select.select([supervisor], [], [])
+                while not select.select([supervisor], [], [], Follower.INTERVAL)[0]:
+                    log.read()
+                log.read()
 
     def exit_reason(self, timeout: float = 2.0) -> str | None:
         """Return why the VM has exited; None if it is still running after ``timeout`` seconds.

@@ -178,6 +178,9 @@ def test_a_closed_screen_ends_nothing(image: Images) -> None:
     config = VMConfig(image(""), name="v", accel="tcg", vsock="user")
     with VM.start(config, ready=lambda _: called.is_set(), console=closed) as vm:
         assert lives(vm.info["pids"]["qemu"])
+        for follow in (False, True):
+            with pytest.raises(BrokenPipeError):
+                vm.show(closed, follow=follow)
 
 
 BOOTING = """

@@ -297,7 +297,15 @@ def test_a_full_disk_is_one_line(word: str) -> None:
         words = [sys.executable, "-m", "caisson.commands.main", word]
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == 1
-    assert done.stderr == b"caisson: output: No space left on device; free some space and try again\n"
+    assert done.stderr == b"caisson: output: No space left on device; make room for it, or write it elsewhere\n"
+
+
+def test_a_limited_file_size_is_one_line(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "caisson.commands.main", "help"]
+    with (tmp_path / "out").open("wb") as limited:
+        done = subprocess.run(["prlimit", "--fsize=0", *words], stdout=limited, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == b"caisson: output: File too large; make room for it, or write it elsewhere\n"
 
 
 def test_a_locale_without_utf_8_is_enough() -> None:
