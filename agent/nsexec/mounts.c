@@ -268,7 +268,7 @@ static int mount_target(int root, const struct mount_step *step, bool directory)
 	    !((step->flags & MOUNT_ORDINARY_DIR) != 0 && st.st_ino == PROC_ROOT_INODE)) /* procfs over procfs */
 		fail(EPERM, "mount target", step->target, "is inside procfs");
 	if (S_ISDIR(st.st_mode) != directory)
-		fail(directory ? ENOTDIR : EISDIR, "mount target", step->target, NULL);
+		fail(ENOTDIR, "mount target", step->target, directory ? NULL : "a file cannot be mounted here");
 	return fd;
 }
 

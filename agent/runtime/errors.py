@@ -34,8 +34,6 @@ def spec(error: SpecError) -> str:
     field, why = error.field, error.why
     if field.startswith("linux.sysctl[") and ("namespace" in why):
         return f'sysctl "{field.removeprefix("linux.sysctl[").removesuffix("]")}" is not in a separate kernel namespace'
-    if field == "process.args" and why.startswith("must name a program"):
-        return 'unable to start container process: exec: "": executable file not found in $PATH'
     if field == "process.env":
         return f"{INIT} invalid environment variable: {why}"
     return str(error)

@@ -37,6 +37,7 @@ async def _fails(box: Box, value: dict[str, Any], **keywords: Any) -> LaunchErro
     ("program", "message"),
     [
         ("nothere", 'exec: "nothere": executable file not found in $PATH'),
+        ("", 'exec: "": executable file not found in $PATH'),
         ("/nothere", 'exec: "/nothere": stat /nothere: no such file or directory'),
         ("/etc/passwd", 'exec: "/etc/passwd": permission denied'),
         ("/bin", 'exec: "/bin": is a directory'),

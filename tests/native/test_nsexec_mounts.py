@@ -92,6 +92,14 @@ async def test_a_link_without_an_end_is_an_error(box: Box, source: Path, to: str
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
+async def test_a_file_and_a_directory_cannot_be_mounted_on_each_other(box: Box, source: Path, kind: str) -> None:
+    target, from_ = ("/etc", source / "file") if kind == "file" else ("/etc/passwd", source)
+    with pytest.raises(LaunchError, match=f"^mount target {target}: .*not a directory") as caught:
+        await box.output(with_mount(target, from_))  # docker looks for "is a directory", too, of programs
+    assert "is a directory" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
 def test_a_source_that_the_root_of_a_user_namespace_cannot_reach(box: Box, source: Path, kind: str) -> None:
     source.chmod(0o755)
     (source / "file").chmod(0o644)

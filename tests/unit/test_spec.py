@@ -22,7 +22,7 @@ def test_a_whole_configuration() -> None:
                 "env": ["A=b"],
                 "terminal": True,
                 "consoleSize": {"height": 1, "width": 2},
-                "user": {"uid": 1, "gid": 2, "additionalGids": [3], "umask": 0o27},
+                "user": {"uid": 1, "gid": 2, "additionalGids": [3, 2, 3], "umask": 0o27},
                 "capabilities": {"bounding": ["CAP_KILL"]},
                 "rlimits": [{"type": "RLIMIT_CORE", "soft": 1, "hard": 2}],
                 "noNewPrivileges": True,
@@ -59,7 +59,7 @@ def test_a_whole_configuration() -> None:
     )
     assert spec.root is not None and spec.root.readonly and spec.root.path == "rootfs"
     assert spec.process == Process(
-        args=("sh",), cwd="/w", env=("A=b",), terminal=True, console_size=(1, 2), user=User(1, 2, (3,), 0o27),
+        args=("sh",), cwd="/w", env=("A=b",), terminal=True, console_size=(1, 2), user=User(1, 2, (3, 2), 0o27),
         capabilities=Capabilities(bounding=("CAP_KILL",)), rlimits=(Rlimit("RLIMIT_CORE", 1, 2),),
         no_new_privileges=True, oom_score_adj=-5,
     )  # fmt: skip

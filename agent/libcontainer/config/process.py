@@ -70,7 +70,7 @@ class Process(Record):
         """Parse an OCI process object.  Raises SpecError."""
         r = Reader(value, where)
         args = r.texts("args")
-        if not args or not args[0]:
+        if not args:
             raise SpecError(r.name("args"), "must name a program to run")
         r.unknown("commandLine", "is for Windows; give args")
         result = cls(
@@ -107,7 +107,7 @@ def _user(value: object, where: str) -> User:
     user = User(
         uid=r.number("uid", 0, U32_MAX - 1) or 0,
         gid=r.number("gid", 0, U32_MAX - 1) or 0,
-        additional_gids=r.numbers("additionalGids", 0, U32_MAX - 1),
+        additional_gids=tuple(dict.fromkeys(r.numbers("additionalGids", 0, U32_MAX - 1))),
         umask=r.number("umask", 0, 0o777),
         username=r.text("username"),
     )
