@@ -6,6 +6,7 @@ and the archive keys: no root is needed, the host's packages are ignored, and de
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -155,31 +156,33 @@ class Apt:
                 f"{self.mirror}: {error}; if it is not the right mirror, name another in {self.variable}"
             ) from error
 
-    def resolve(self, packages: Iterable[str]) -> list[tuple[str, str]]:
-        """Resolve packages to these and all they depend on, as (file name in the pool, URI), sorted."""
-        return _parse_uris(self._apt("apt-get", "install", "--print-uris", "--yes", "-qq", *packages))
+    def resolve(self, packages: Iterable[str]) -> list[str]:
+        """Resolve packages to these and all they depend on, sorted."""
+        return list(_parse_uris(self._apt("apt-get", "install", "--print-uris", "--yes", "-qq", *packages)))
 
     def fetch(self, packages: Iterable[str]) -> list[Package]:
         """Download exactly these packages (verified by apt against the signed index), or take them from before."""
         output = self._apt("apt-get", "download", "--print-uris", "-qq", *packages)
-        files = {unquote(name).split("_")[0]: name for name, _ in _parse_uris(output)}
-        missing = [package for package, name in files.items() if not (self.directory / "debs" / name).exists()]
+        debs = self.directory / "debs"
+        files = {package: (debs / name, digest) for package, (name, digest) in _parse_uris(output).items()}
+        missing = [package for package, (file, digest) in files.items() if not _has_digest(file, digest)]
+        for package in missing:
+            files[package][0].unlink(missing_ok=True)  # apt would not check one of the right size
         if missing:
-            self._apt("apt-get", "download", "-qq", *missing, cwd=self.directory / "debs")
-        debs = []
-        for package, name in files.items():
-            file = self.directory / "debs" / name
+            self._apt("apt-get", "download", "-qq", *missing, cwd=debs)
+        found = []
+        for package, (file, _) in files.items():
             version = run(["dpkg-deb", "--field", file, "Version"]).decode().strip()
-            debs.append(Package.of("deb", package, version, file))
-        return debs
+            found.append(Package.of("deb", package, version, file))
+        return found
 
     def fetch_all(self, packages: Iterable[str]) -> list[Package]:
         """Download the packages and all they depend on."""
-        return self.fetch(unquote(name).split("_")[0] for name, _ in self.resolve(packages))
+        return self.fetch(self.resolve(packages))
 
     def fetch_kernel(self, package: str) -> list[Package]:
         """Download the newest kernel that a package depends on.  Raises ImageError unless it is one kernel."""
-        names = [name.split("_")[0] for name, _ in self.resolve([package])]
+        names = self.resolve([package])
         images = [name for name in names if re.match(r"linux-image-\d", name)]
         if len(images) != 1:
             raise ImageError(
@@ -192,10 +195,20 @@ class Apt:
         return run(argv, cwd=cwd, env={"APT_CONFIG": str(self.directory / "apt.conf")})
 
 
-def _parse_uris(output: bytes) -> list[tuple[str, str]]:
-    """Parse the output of --print-uris into (file name, URI), sorted."""
-    found = re.findall(r"^'([^']+)' (\S+) \d+(?: \S*)?$", output.decode(), re.MULTILINE)
-    return sorted((name, uri) for uri, name in found)
+def _parse_uris(output: bytes) -> dict[str, tuple[str, str]]:
+    """Parse the output of --print-uris into (file name, digest as ALGORITHM:HEX) by package, sorted."""
+    found = re.findall(r"^'[^']+' (\S+) \d+ ?(\S*)$", output.decode(), re.MULTILINE)
+    return {unquote(name).split("_")[0]: (name, digest) for name, digest in sorted(found)}
+
+
+def _has_digest(file: Path, digest: str) -> bool:
+    """Return whether a file is there, and whole: a download that was killed leaves a part of it."""
+    algorithm, _, value = digest.partition(":")
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, algorithm.lower()).hexdigest() == value
+    except FileNotFoundError:
+        return False
 
 
 def extract(debs: Iterable[Package], tree: Path) -> None:

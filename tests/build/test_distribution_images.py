@@ -236,6 +236,20 @@ def test_packages_of_a_debian_repository(tmp_path: Path, served: Served, signer:
         source.fetch_kernel("top")
 
 
+def test_a_package_whose_download_was_killed_is_fetched_again(
+    tmp_path: Path, served: Served, signer: debian_repository.Signer
+) -> None:
+    mirror, url = served
+    mirror.add("test", "top")
+    mirror.publish()
+    source = apt.Apt(tmp_path / "cache", "test", "amd64", url, apt.Keyring(signer.keyring, ""))
+    source.update()
+    (whole,) = source.fetch(["top"])
+    for damaged in (whole.file.read_bytes()[:300], bytes(whole.file.stat().st_size)):
+        whole.file.write_bytes(damaged)
+        assert source.fetch(["top"]) == [whole]
+
+
 def _made(directory: Path) -> Path:
     directory.mkdir()
     return directory

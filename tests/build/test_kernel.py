@@ -104,8 +104,8 @@ class FakeApt(Apt):
     def __init__(self, packages: dict[str, Path]) -> None:
         self.packages = packages
 
-    def resolve(self, packages: Iterable[str]) -> list[tuple[str, str]]:
-        return [(f"{name}_1_amd64.deb", f"mirror:/{name}") for name in (*packages, *self.packages)]
+    def resolve(self, packages: Iterable[str]) -> list[str]:
+        return [*packages, *self.packages]
 
     def fetch(self, packages: Iterable[str]) -> list[Package]:
         return [Package("deb", name, "1", "abc", self.packages[name]) for name in packages]
