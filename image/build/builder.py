@@ -332,13 +332,13 @@ class Build:
             self.template_files.render(Path(scratch))
             found += [treemap.File(path, size, "files", "template") for path, size in treemap.sizes(Path(scratch))]
         found += [treemap.File(path, size, "agent", "agent") for path, size in treemap.sizes(self.agent(base))]
+        kinds = {one["name"]: one["type"] for one in json.loads((base / "packages.json").read_text())}
+        busybox = self.definition.busybox, kinds[self.definition.busybox]
         for path, size in treemap.sizes(base / "tree"):
             # Sources are byte code by now; the container's root has one program, and links to it.
             source = path.removesuffix("c") if path.endswith(".pyc") else path
-            busybox = (
-                (self.definition.busybox, "deb") if f"/{path}".startswith(BUSYBOX_ROOTFS) else ("made here", "made")
-            )
-            package, kind = owners.get(path) or owners.get(source) or busybox
+            other = busybox if f"/{path}".startswith(BUSYBOX_ROOTFS) else ("made here", "made")
+            package, kind = owners.get(path) or owners.get(source) or other
             found.append(treemap.File(path, size, package, treemap.KINDS.get(kind, kind)))
         return found
 

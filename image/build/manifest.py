@@ -63,6 +63,9 @@ def contents(
 
 def osbuilder(document: Mapping[str, Any], definition: Definition) -> str:
     """Return osbuilder.yaml, format 0.0.2, which Kata's tools look for in /var/lib/osbuilder (kata-collect-data.sh)."""
+    packages: dict[bool, list[str]] = {False: [], True: []}
+    for one in document["packages"]:
+        packages[one["type"] == "wheel"].append(f"{one['name']}={one['version']}")
     description = {
         "osbuilder": {"url": "", "version": document["agent"]["version"]},
         "rootfs-creation-time": "1970-01-01T00:00:00+00:00",
@@ -70,12 +73,9 @@ def osbuilder(document: Mapping[str, Any], definition: Definition) -> str:
         "file-format-version": "0.0.2",
         "architecture": {"amd64": "x86_64", "arm64": "aarch64"}[document["arch"]],
         "base-distro": {
-            "name": "Debian",
+            "name": definition.distribution.capitalize(),
             "version": document["suite"],
-            "packages": {
-                "default": [f"{one['name']}={one['version']}" for one in document["packages"] if one["type"] == "deb"],
-                "extra": [f"{one['name']}={one['version']}" for one in document["packages"] if one["type"] == "wheel"],
-            },
+            "packages": {"default": packages[False], "extra": packages[True]},
         },
         "agent": {
             "url": "",

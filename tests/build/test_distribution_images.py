@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from caisson.image.build import rootfs
 from caisson.image.build.builder import Build, Image
@@ -99,6 +100,10 @@ def check_image(image: Image, kind: str, distribution: str, suite: str, packages
     } <= names
     assert {"usr/lib/caisson/containers/busybox/bin/sh", "usr/lib/modules/vsock.ko"} <= names
     assert not [name for name in names if name.endswith(".py") or "libunused" in name or name.startswith("usr/share/")]
+    extract = ["cpio", "-i", "--quiet", "--to-stdout", "var/lib/osbuilder/osbuilder.yaml"]
+    osbuilder = yaml.safe_load(subprocess.run(extract, input=archive, capture_output=True, check=True).stdout)
+    assert osbuilder["base-distro"]["name"] == distribution.capitalize()
+    assert {one.partition("=")[0] for one in osbuilder["base-distro"]["packages"]["default"]} == packages
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +137,7 @@ def test_an_image_of_alpine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pri
     assert (tree / "usr/lib/libseccomp.so.2").is_file()
     assert not (tree / "usr/lib/libunused.so.6").exists()
     run_guests_python(tree, "usr/lib", "ld-musl-x86_64.so.1")
+    assert {one.kind for one in build.files() if one.package == "busybox-static"} == {"Alpine packages"}
 
 
 Served = tuple[debian_repository.Repository, str]
