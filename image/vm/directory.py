@@ -185,7 +185,8 @@ class VMDirectory:
     def write(self, document: dict[str, Any]) -> None:
         """Replace vm.json: a reader sees the old one or the new one."""
         new = self._json.with_suffix(".new")
-        with open(new, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+        # QEMU can write to this directory: no link of a guest that broke out is followed.
+        with open(new, "w", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o600)) as stream:
             stream.write(json.dumps(document, indent=2) + "\n")
         new.replace(self._json)
 

@@ -99,7 +99,6 @@ class Supervisor:
         self._noticed = suspended()  # the part already handled
         self._directory = VMDirectory(Path(config["directory"]))
         self._starter = starter
-        self._detached = False
         self._stop = stop
         self._info: dict[str, Any] = {}
         self._ram: IO[bytes] | None = None  # the guest's memory, if it is our file
@@ -316,7 +315,6 @@ class Supervisor:
             if message is None:
                 raise Ended("the command that started it has exited")
             if "detach" in message:
-                self._detached = True
                 return False
             if "save" in message:
                 self._save(message["save"], partial(children.is_running, "qemu"))

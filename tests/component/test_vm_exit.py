@@ -19,6 +19,8 @@ from caisson.image.vm.children import ChildProcesses
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMEnded
 from caisson.image.vm.exit_reason import POWERED_OFF
+from caisson.image.vm.hotplug import virtiofsd
+from caisson.image.vm.hotplug.virtiofsd import Shares
 from caisson.image.vm.runroot import owned_run_root
 from caisson.image.vm.sandbox import Confinement
 from tests.component.fake_qemu import Images, image_maker, start
@@ -135,3 +137,15 @@ def test_a_vm_exits_with_qemu_however_long_it_takes_after_its_vsock_device(tmp_p
         children.spawn("vsock", ["true"], [], Confinement())
         ready, _, _ = select.select(children.pidfds, [], [])
         assert children.exit_reason(ready) == POWERED_OFF
+
+
+def test_a_share_whose_server_could_not_be_started_is_no_obstacle_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = iter((["/nonexistent"], ["sleep", "60"]))
+    monkeypatch.setattr(virtiofsd, "command", lambda *_, **__: next(programs))
+    with (tmp_path / "log").open("wb") as log, ChildProcesses(log) as children:
+        shares = Shares(VMDirectory(tmp_path), children)
+        with pytest.raises(VMError, match="cannot be started"):
+            shares.serve("first", tmp_path, False)
+        assert shares.serve("second", tmp_path, False).is_socket()

@@ -229,6 +229,16 @@ def test_documents_are_replaced_whole(run: Path) -> None:
         assert sorted(path.name for path in directory.path.iterdir()) == ["lock", "vm.json"]
 
 
+def test_a_link_in_the_way_of_a_document_is_not_followed(run: Path, tmp_path: Path) -> None:
+    directory = VMDirectory.of("v")
+    with directory.create():
+        (tmp_path / "file").write_text("of the host")
+        (directory.path / "vm.new").symlink_to(tmp_path / "file")
+        with pytest.raises(OSError, match="symbolic links"):
+            directory.write({"name": "v"})
+    assert (tmp_path / "file").read_text() == "of the host"
+
+
 def test_a_tail_has_no_control_characters(run: Path) -> None:
     directory = VMDirectory.of("v")
     assert directory.console_tail() == ""

@@ -54,6 +54,7 @@ class Shares:
         )
         with socket.socket(socket.AF_UNIX) as listener:
             words = command(path, listener.fileno(), writable=writable)
+            place.unlink(missing_ok=True)  # of one that could not be started
             listener.bind(str(place))
             listener.listen(1)  # so that QEMU can connect at once
             confinement = CONFINEMENT.but(mount_namespace=mount_namespace)
