@@ -86,9 +86,10 @@ class Cache:
     def get(self, step: str, key: str) -> Path | None:
         """Return the result, if it exists."""
         result = self.root / step / key
-        if not result.is_dir():
+        try:
+            os.utime(result / ".used")  # for trim(), which may be removing it
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        (result / ".used").touch()  # for trim()
         return result
 
     def get_or_make(self, step: str, key: str, make: Callable[[Path], None]) -> Path:

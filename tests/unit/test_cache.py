@@ -53,6 +53,24 @@ def test_a_result_is_made_once(cache: Cache) -> None:
     assert cache.get("other", "k1") is None
 
 
+def test_a_result_that_is_being_removed_is_found_or_not(cache: Cache) -> None:
+    made = cache.get_or_make("step", "k", lambda target: None)
+    done = threading.Event()
+
+    def remove_and_restore() -> None:
+        while not done.is_set():
+            made.rename(made.with_name("gone")).rename(made)
+
+    other = threading.Thread(target=remove_and_restore)
+    other.start()
+    try:
+        found = {cache.get("step", "k") for _ in range(10_000)}
+    finally:
+        done.set()
+        other.join(30)
+    assert found <= {made, None}
+
+
 @pytest.mark.parametrize("error", [ImageError("no"), KeyboardInterrupt(), ValueError("bug")])
 def test_a_failure_leaves_nothing(cache: Cache, error: BaseException) -> None:
     def fail(target: Path) -> None:
@@ -199,7 +217,7 @@ def test_clean_says_what_it_freed_and_of_what(
     for step, key, size in (("images", "a", 3), ("images", "b", 20), ("containers", "c", 400), ("other", "d", 5000)):
         result = cache.get_or_make(step, key, lambda target: (target / "f").touch())
         os.truncate(result / "f", size * 10**6)
-        (result / ".used").unlink()
+        (result / ".used").write_text("")
         cache.get_or_make(step, key, never)
     before = size_of(cache.root)
     image.clean(everything=False)
