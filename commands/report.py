@@ -29,6 +29,9 @@ SECRET = re.compile(
     r'((?:passw(?:or)?d|secret|token|credential|api[_-]?key)[\w.-]{0,40}"?\s{0,4}[=:]\s{0,4}"?)[^\s",]+', re.IGNORECASE
 )
 
+#: The name and password in a URL (RFC 3986, section 3.2.1), for instance a mirror's.
+USERINFO = re.compile(r"//[^\s/@\"]{1,200}@")
+
 #: Packages whose versions matter.
 LIBRARIES = ("grpcio", "protobuf", "jinja2", "pyyaml", "kconfiglib", "invoke", "pytest")
 
@@ -50,7 +53,7 @@ def without_secrets(text: str) -> str:
     """Remove values of settings that are secret by name, and the name of the user's home."""
     home = str(Path.home())
     text = text.replace(f"{home}/", "~/") if len(home) > 1 else text
-    return SECRET.sub(r"\1[removed]", text)
+    return SECRET.sub(r"\1[removed]", USERINFO.sub("//[removed]@", text))
 
 
 def _texts() -> Iterator[tuple[str, str]]:

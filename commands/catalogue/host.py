@@ -43,7 +43,8 @@ COMMANDS = (
         "report",
         "Collect what a bug report needs: versions, doctor's findings, the state and last output of VMs.",
         "caisson.commands.host:report",
-        details="It contains no environment variables, no command lines of programs and no files from containers.",
+        details="""It contains no environment variables but CAISSON_*, no command lines of programs and no files from
+            containers. Passwords are removed where they can be recognized; review it before you send it.""",
         options=(Option("output", "write the archive here", FILE, default="caisson-report.tar.gz", short="o"),),
         examples=("caisson report",),
     ),

@@ -60,7 +60,7 @@ COMMANDS = (
     ),
     Command(
         "clean",
-        "Remove cached images, snapshots and build steps, except those that running VMs use.",
+        "Remove cached images, snapshots and build steps; running VMs are not affected.",
         "caisson.commands.image:clean",
         options=(Option("all", "also remove downloaded packages", dest="everything"),),
         examples=("caisson clean", "caisson clean --all"),

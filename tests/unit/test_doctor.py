@@ -96,8 +96,9 @@ def test_json_and_exit_status(bare: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_report_has_the_evidence_and_no_secrets(
-    bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("CAISSON_MIRROR", "http://me:hunter2@mirror/debian")
     vm = tmp_path / "run/web"
     vm.mkdir(parents=True)
     (vm / "vm.json").write_text('{"append": "quiet token=xyz", "api_key": "abc"}')
@@ -110,6 +111,7 @@ def test_a_report_has_the_evidence_and_no_secrets(
         texts = {name.removeprefix("caisson-report/"): _read(tar, name) for name in tar.getnames()}
     assert set(texts) == {"versions.txt", "doctor.json", "vms.txt", "vms/web/vm.json", "vms/web/console.log"}
     assert f"caisson {VERSION}" in texts["versions.txt"] and json.loads(texts["doctor.json"])
+    assert "CAISSON_MIRROR=http://[removed]@mirror/debian\n" in texts["versions.txt"]
     assert texts["vms/web/console.log"].endswith("root_password=[removed] quiet\nthe last line\n")
     assert texts["vms/web/vm.json"] == '{"append": "quiet token=[removed]", "api_key": "[removed]"}'
     assert CommandLine(GROUPS).run(["report", "--output", str(archive)]) == 1
