@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.shim.engine import RUNTIME, Engine, children
+from caisson import image
+from tasks import PACKAGES
+from tests.shim.engine import RUNTIME, SHIM, Engine, children
 from tests.support.poll import wait_until
+from tests.support.source import ROOT
 
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -214,4 +220,29 @@ def test_a_killed_virtiofsd_ends_the_container(docker: Engine) -> None:
     os.kill(pid, signal.SIGKILL)
     assert docker.docker("wait", "rootless").stdout == b"137\n"
     docker.docker("rm", "--force", "rootless")
+    assert docker.vms() == [] and docker.mounts() == []
+
+
+def test_a_shim_serves_its_container_while_its_package_is_replaced(docker: Engine) -> None:
+    installed, program = docker.place / "installed", docker.place / "bin/containerd-shim-earlier-v2"
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, installed / "caisson" / name)
+    ours = str(Path(image.__file__).parents[2])
+    earlier = f"import sys; sys.path[:] = [{str(installed)!r}, *(one for one in sys.path if one != {ours!r})]"
+    program.write_text(SHIM.format(python=sys.executable).replace("\n", f"\n{earlier}\n", 1))
+    program.chmod(0o755)
+    started = docker.docker(
+        "run", "--detach", "--name", "long", "--runtime", "io.containerd.earlier.v2", "--network", "none", "busybox",
+        "sh", "-c", SLEEPER,
+    )  # fmt: skip
+    assert started.returncode == 0, started.stderr
+    shutil.rmtree(installed)  # no module of another version must be imported, so none can be
+    program.write_text(SHIM.format(python=sys.executable))
+    assert docker.docker("exec", "--interactive", "long", "cat", stdin=b"again").stdout == b"again"
+    for words in (("pause", "long"), ("unpause", "long"), ("update", "--cpu-shares", "512", "long"), ("stop", "long")):
+        done = docker.docker(*words)
+        assert done.returncode == 0, done.stderr
+    assert docker.docker("wait", "long").stdout == b"3\n"
+    assert docker.docker("logs", "long").stdout.endswith(b"bye\n")
+    docker.docker("rm", "--force", "long")
     assert docker.vms() == [] and docker.mounts() == []
