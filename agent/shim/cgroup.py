@@ -46,10 +46,8 @@ class HostCgroup:
             return None
         before = own_cgroups()
         cgroup = hierarchy.create(path)
-        cpu = (linux.get("resources") or {}).get("cpu") or {}
-        wanted = {name: cpu[name] for name in CPU_LIMITS if cpu.get(name)}
         try:
-            cgroup.apply(Resources.from_json({"cpu": wanted}), devices=False)
+            cgroup.apply(_cpu_limits(linux.get("resources") or {}), devices=False)
             for directory in cgroup.paths.values():
                 for pid in (0, *pids):
                     _enter(directory, pid)
@@ -58,12 +56,21 @@ class HostCgroup:
             raise
         return cls(cgroup, hierarchy, before)
 
+    async def update(self, resources: dict[str, Any]) -> None:
+        """Change its CPU limits.  Raises CgroupError or SpecError."""
+        await self._cgroup.update(_cpu_limits(resources))
+
     async def leave(self) -> None:
         """Return to this process's original cgroup, and remove this one.  Raises CgroupError."""
         for name, directory in self._hierarchy.place("x").items():
             root = directory.removesuffix("/x")
             _enter(f"{root}{self._before.get(name, '/')}")
         await self._cgroup.delete()
+
+
+def _cpu_limits(resources: dict[str, Any]) -> Resources:
+    cpu = resources.get("cpu") or {}
+    return Resources.from_json({"cpu": {name: cpu[name] for name in CPU_LIMITS if cpu.get(name)}})
 
 
 def enter(path: str) -> None:

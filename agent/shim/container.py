@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from caisson.agent.shim.bundle import TaskBundle
 from caisson.agent.shim.errors import ShimError, finished, not_found, wrong_state
 from caisson.agent.shim.pod import Pod
 from caisson.agent.shim.process import CREATED, RUNNING, STOPPED, Process
-from caisson.agent.shim.spec import Volume, fill_known, guest_spec, shares_pid_namespace
+from caisson.agent.shim.spec import Volume, fill_known, guest_resources, guest_spec, shares_pid_namespace
 from caisson.proto.kata3 import agent_pb2
 
 TYPE_CHECKING = False
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 RESOLV_CONF = "/etc/resolv.conf"
+
+#: Bytes by which a copy of it may grow before the container starts: for a second, the guest's kernel keeps a file's
+#: size, and reads to a nearer end of file, but not to a later one.
+RESOLV_CONF_ROOM = 1 << 16
 
 #: Seconds that a container's exit event waits for those of its execs, which are published first.
 EXECS_TIMEOUT = 2.0
@@ -105,17 +110,22 @@ class Container:
         for volume in volumes:
             if volume.destination == RESOLV_CONF and not self._pod.is_of_cri:
                 self._resolv_conf = Path(volume.source)
-                shutil.copyfile(volume.source, self.bundle.path / "resolv.conf")
-                volume = volume.but(source=str(self.bundle.path / "resolv.conf"))
+                copy = self.bundle.path / "resolv.conf"
+                shutil.copyfile(volume.source, copy)
+                os.truncate(copy, copy.stat().st_size + RESOLV_CONF_ROOM)
+                volume = volume.but(source=str(copy))
             chosen.append(volume)
         return chosen
 
     async def _connect(self) -> None:
         """Connect the pod's network, and docker's name server, which is configured by now."""
         await self._pod.connect_network()
-        if self._resolv_conf is not None and dns.is_dockers(self._resolv_conf):
-            await self._pod.forward_dns()
-            (self.bundle.path / "resolv.conf").write_text(dns.rewritten(self._resolv_conf))
+        if self._resolv_conf is not None:
+            text = self._resolv_conf.read_text(errors="replace")
+            guests = dns.rewritten(text)
+            if guests != text:
+                await self._pod.forward_dns()
+            (self.bundle.path / "resolv.conf").write_text(guests)
 
     async def _run_hooks(self, *names: str) -> None:
         state = {
@@ -178,6 +188,14 @@ class Container:
             process.status = STOPPED
             await process.close()
             raise
+
+    async def update(self, resources: dict[str, Any]) -> None:
+        """Change its limits, and those of the VM that ends with it.  Raises the errors that status_of knows."""
+        request = agent_pb2.UpdateContainerRequest(container_id=self.id)
+        fill_known(request.resources, guest_resources(resources))
+        await self._pod.rpc.UpdateContainer(request, timeout=CALL_TIMEOUT)
+        if self.owner:
+            await self._pod.limit(resources)
 
     async def execs_ended(self) -> None:
         """Wait for the exits of the other processes, which the kernel has killed with init."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
-from pathlib import Path
 from typing import Any
 
 from caisson.agent.base.aio import join
@@ -29,18 +29,9 @@ HEADER, MAX_MESSAGE = 12, 1 << 16
 CONNECT_TIMEOUT = 5.0
 
 
-def is_dockers(resolv_conf: Path) -> bool:
-    """Return whether a container's resolv.conf uses docker's server."""
-    try:
-        return DOCKERS in resolv_conf.read_text(errors="replace").split()
-    except OSError:
-        return False
-
-
-def rewritten(resolv_conf: Path) -> str:
-    """Return the guest's resolv.conf.  Raises OSError."""
-    lines = resolv_conf.read_text(errors="replace").splitlines()
-    return "".join(f"{line.replace(DOCKERS, OURS) if line.startswith('nameserver') else line}\n" for line in lines)
+def rewritten(resolv_conf: str) -> str:
+    """Return the guest's resolv.conf: docker's server is at another address there."""
+    return re.sub(rf"(?m)^(nameserver\s+){re.escape(DOCKERS)}(?!\S)", rf"\g<1>{OURS}", resolv_conf)
 
 
 class DnsForwarder:

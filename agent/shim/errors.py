@@ -34,6 +34,7 @@ def wrong_state(text: str) -> ShimError:
 
 def status_of(error: Exception) -> tuple[StatusCode, str] | None:
     """Return the status and text of an error; None for a bug."""
+    from caisson.agent.libcontainer.config.reader import SpecError
     from caisson.agent.pods.machines import MachineError
     from caisson.agent.pods.network import NetworkError
     from caisson.agent.shim.cgroup import CgroupError
@@ -45,7 +46,7 @@ def status_of(error: Exception) -> tuple[StatusCode, str] | None:
         return error.code, str(error)
     if isinstance(error, RpcError):
         return error.code, error.text
-    if isinstance(error, (FieldError, UnsupportedSpec)):
+    if isinstance(error, (FieldError, SpecError, UnsupportedSpec)):
         return StatusCode.INVALID_ARGUMENT, str(error)
     if isinstance(error, (CgroupError, MachineError, MountError, NetworkError, OSError)):
         return StatusCode.UNKNOWN, str(error)

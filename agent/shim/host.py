@@ -116,6 +116,11 @@ class PodHost:
         self._aborted = True
         self._machines.stop(self.name)
 
+    async def limit(self, resources: dict[str, Any]) -> None:
+        """Change the CPU limits of its cgroup, if it has one.  Raises CgroupError or SpecError."""
+        if self._cgroup is not None:
+            await self._cgroup.update(resources)
+
     def record(self, bundle: TaskBundle, *, owner: bool, ending: bool = False) -> None:
         """Write the record for `delete` into a bundle, in case this process is killed.  Raises OSError."""
         holder = self._holder_id

@@ -128,6 +128,10 @@ class Pod:
         """Write the record for `delete` into another container's bundle.  Raises OSError."""
         self._host.record(bundle, owner=False)
 
+    async def limit(self, resources: dict[str, Any]) -> None:
+        """Change the CPU limits of the host's side.  Raises CgroupError or SpecError."""
+        await self._host.limit(resources)
+
     async def connect_network(self) -> None:
         """Give the guest the interfaces, addresses and routes now in the pod's namespace, once.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.base.mountinfo import mount_points
+from caisson.agent.shim.launch import group_in
 from caisson.proto.contract import GUEST_SHARED, GUEST_SHM
 from caisson.proto.from_json import fill
 from caisson.proto.record import Record
@@ -19,6 +20,13 @@ from caisson.proto.record import Record
 #: Fields that are meaningful only on the host.
 HOST_FIELDS = ("hooks", "vm", "windows", "solaris", "zos", "freebsd")
 HOST_PROCESS_FIELDS = ("apparmorProfile", "selinuxLabel")
+
+#: Limits that name what is the host's: its devices, interfaces, and numbers of CPUs.
+HOST_RESOURCES = ("blockIO", "network", "rdma", "devices")
+HOST_CPU = ("cpus", "mems")
+
+#: Limits that only cgroup v1 has, and the host's may be: with cgroup v2, as in a guest, engines and runc ignore them.
+V1_MEMORY = ("kernel", "kernelTCP", "swappiness", "disableOOMKiller")
 
 #: Options of a bind mount that receives later mounts.
 PROPAGATED = {"shared", "rshared", "slave", "rslave"}
@@ -71,6 +79,8 @@ def guest_spec(document: dict[str, Any], container_id: str) -> GuestSpec:
         if _is_wanted(asked)
         for mount in _mounts(asked, container_id, volumes)
     ]
+    if group_in(document) in ("", container_id):
+        _refuse_other_containers(document.get("linux") or {})
     _rewrite_linux(document.get("linux") or {})
     return GuestSpec(document, tuple(volumes))
 
@@ -118,6 +128,15 @@ def _submounts(source: str) -> list[str]:
     return sorted(str(point) for point in points if (top / point).is_dir() or (top / point).is_file())
 
 
+def _refuse_other_containers(linux: dict[str, Any]) -> None:
+    """Refuse the namespaces of a container that is not of the same pod.  A network without processes has a file."""
+    for one in linux.get("namespaces") or []:
+        kind, path = str(one.get("type")), str(one.get("path") or "")
+        if path.startswith("/proc/") and kind in ("network", "pid", "ipc", "uts"):
+            text = "another container's namespace cannot be joined, as that is not in this VM; use a pod"
+            raise UnsupportedSpec(f"linux.namespaces: {kind}: {text}")
+
+
 def _rewrite_linux(linux: dict[str, Any]) -> None:
     namespaces = linux.get("namespaces") or []
     kinds = {one.get("type") for one in namespaces}
@@ -131,24 +150,25 @@ def _rewrite_linux(linux: dict[str, Any]) -> None:
         raise UnsupportedSpec("linux.namespaces: the host's ipc namespace cannot be joined")
     linux["namespaces"] = [{"type": kind} for kind in OWN_NAMESPACES if kind in kinds or kind == "mount"]
     resources = linux.get("resources") or {}
+    linux["resources"] = guest_resources(resources)
     if _is_privileged(resources):
         linux.pop("devices", None)  # the host's: the guest has its own
-        rules = [{"allow": True, "type": "a", "access": "rwm"}]
-    else:
-        rules = []
+        linux["resources"]["devices"] = [{"allow": True, "type": "a", "access": "rwm"}]
     for device in linux.get("devices") or ():
         raise UnsupportedSpec(
             f"linux.devices: {device.get('path')}: a device of the host has no equivalent in the guest"
         )
     for name in ("mountLabel", "intelRdt", "uidMappings", "gidMappings"):
         linux.pop(name, None)
-    for name in ("blockIO", "network", "rdma", "devices"):
-        resources.pop(name, None)
-    if rules:
-        resources["devices"] = rules
-    cpu = resources.get("cpu") or {}
-    for name in ("cpus", "mems"):  # the host's numbers
-        cpu.pop(name, None)
+
+
+def guest_resources(resources: dict[str, Any]) -> dict[str, Any]:
+    """Return the limits that apply in a guest."""
+    left: dict[str, Any] = {name: value for name, value in resources.items() if name not in HOST_RESOURCES}
+    for part, names in (("cpu", HOST_CPU), ("memory", V1_MEMORY)):
+        if left.get(part):
+            left[part] = {name: value for name, value in left[part].items() if name not in names}
+    return left
 
 
 def _is_privileged(resources: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ from caisson.agent.shim.events import Publisher, stamp, task_exit
 from caisson.agent.shim.options import shim_cgroup
 from caisson.agent.shim.pod import Pod
 from caisson.agent.shim.process import CREATED, RUNNING, STOPPED, Process
-from caisson.agent.shim.spec import fill_known, guest_spec
+from caisson.agent.shim.spec import guest_spec
 from caisson.proto.containerd import events_pb2, task_v2_pb2, tasks_pb2
 from caisson.proto.kata3 import agent_pb2
 
@@ -319,13 +319,7 @@ class TaskService:
         raise ShimError(StatusCode.UNIMPLEMENTED, "checkpoints: not implemented")
 
     async def Update(self, request: Any) -> Any:
-        self._container(request.id)
-        update = agent_pb2.UpdateContainerRequest(container_id=request.id)
-        resources = json.loads(request.resources.value or b"{}")
-        for name in ("blockIO", "network", "rdma", "devices"):
-            resources.pop(name, None)
-        fill_known(update.resources, resources)
-        await self._rpc.UpdateContainer(update, timeout=CALL_TIMEOUT)
+        await self._container(request.id).update(json.loads(request.resources.value or b"{}"))
         return Empty()
 
     async def Stats(self, request: Any) -> Any:

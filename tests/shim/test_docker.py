@@ -63,7 +63,7 @@ def test_run_passes_streams_and_status(docker: Engine) -> None:
     assert both(docker, "busybox", "wc", "-c", stdin=bytes(3_000_000)).stdout.split() == [b"3000000"]
 
 
-@pytest.mark.parametrize(("program", "status"), [("nosuch", 127), ("/etc/passwd", 126)])
+@pytest.mark.parametrize(("program", "status"), [("nosuch", 127), ("", 127), ("/etc/passwd", 126)])
 def test_run_reports_what_cannot_be_executed(docker: Engine, program: str, status: int) -> None:
     assert both(docker, "busybox", program).returncode == status
 
@@ -72,6 +72,7 @@ def test_run_honours_security_options(docker: Engine) -> None:
     both(docker, "--cap-drop", "ALL", "--cap-add", "CHOWN", "busybox", "grep", "Cap", "/proc/self/status")
     both(docker, "--read-only", "--tmpfs", "/tmp", "busybox", "sh", "-c", "touch /x; touch /tmp/y && echo written")
     both(docker, "--ulimit", "nofile=77:88", "busybox", "sh", "-c", "ulimit -n; ulimit -Hn")
+    both(docker, "--group-add", "55", "--group-add", "root", "busybox", "id")
     both(docker, "--security-opt", "no-new-privileges", "busybox", "grep", "NoNewPrivs", "/proc/self/status")
 
 
@@ -170,6 +171,21 @@ def test_volumes_and_a_published_port(docker: Engine) -> None:
     finally:
         docker.docker("rm", "--force", "web")
         docker.docker("network", "rm", "pods")
+
+
+def test_a_networks_name_server_is_told_in_full(docker: Engine) -> None:
+    assert docker.docker("network", "create", "named").returncode == 0
+    words = ["--network", "named", "--dns-search", "a.example", "busybox", "cat", "/etc/resolv.conf"]
+    runc, ours = (docker.docker("run", "--rm", "--runtime", name, *words).stdout for name in ("runc", RUNTIME))
+    docker.docker("network", "rm", "named")
+    assert b"127.0.0.11" in runc and ours == runc.replace(b"127.0.0.11", b"169.254.0.11")
+
+
+def test_an_update_reaches_the_hosts_side(docker: Engine, sleeper: tuple[str, str]) -> None:
+    same(docker, sleeper, "update", "--cpuset-cpus", "0", "NAME")
+    pids = docker.docker("inspect", "--format", "{{.State.Pid}}", *sleeper).stdout.decode().split()
+    both = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
+    assert all("Cpus_allowed_list:\t0\n" in one for one in both)
 
 
 def test_hosts_can_be_added_and_sysctls_set(docker: Engine) -> None:

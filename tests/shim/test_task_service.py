@@ -119,9 +119,10 @@ async def test_no_vm_starts_for_a_configuration_that_create_rejects(
 
 
 async def test_a_failed_create_leaves_nothing(fake: FakeContainerd) -> None:
-    task = await fake.start("c1", *SLEEP, mounts=[{"destination": "/x", "type": "bind", "source": "/nonexistent"}])
+    missing = str(fake.place / "none")
+    task = await fake.start("c1", *SLEEP, mounts=[{"destination": "/x", "type": "bind", "source": missing}])
     code, text = await task.refused("Create", bundle=str(task.bundle))
-    assert "/nonexistent" in text and code != StatusCode.INTERNAL
+    assert missing in text and code != StatusCode.INTERNAL
     assert (await task.refused("Delete"))[0] == StatusCode.NOT_FOUND
     await task.call("Shutdown")
     await fake.delete_program(task)
@@ -131,10 +132,10 @@ async def test_a_failed_create_leaves_nothing(fake: FakeContainerd) -> None:
 async def test_a_network_namespace_that_cannot_be_joined_fails_create_and_leaves_nothing(fake: FakeContainerd) -> None:
     """It is joined while the VM starts."""
     own = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]
-    network = {"type": "network", "path": "/proc/self/ns/none"}
+    network = {"type": "network", "path": "/run/netns/none"}
     task = await fake.start("c1", *SLEEP, linux={"namespaces": [*own, network]})
     _, text = await task.refused("Create", bundle=str(task.bundle))
-    assert "/proc/self/ns/none: cannot be joined" in text
+    assert "/run/netns/none: cannot be joined" in text
     await task.call("Shutdown")
     await fake.delete_program(task)
     assert not list(fake.place.glob("agents/*/pid")) and not list(fake.place.glob("run-pods/*"))
@@ -232,6 +233,10 @@ async def test_the_containers_exit_comes_after_those_of_its_execs(fake: FakeCont
     await task.call("Shutdown")
 
 
+def limits(value: bytes) -> dict[str, object]:
+    return {"type_url": "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources", "value": value}
+
+
 async def test_pids_connect_stats_and_update(fake: FakeContainerd) -> None:
     task = await fake.run("c1", *SLEEP)
     pid = (await task.call("State")).pid
@@ -243,11 +248,9 @@ async def test_pids_connect_stats_and_update(fake: FakeContainerd) -> None:
     assert stats.type_url == "io.containerd.cgroups.v2.Metrics"
     metrics = metrics_pb2.Metrics.FromString(stats.value)
     assert metrics.memory.usage > 0 and metrics.pids.current == 1
-    limits = {
-        "type_url": "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources",
-        "value": b'{"pids": {"limit": 77}, "memory": {"limit": 33554432}, "devices": []}',
-    }
-    await task.call("Update", resources=limits)
+    await task.call(
+        "Update", resources=limits(b'{"pids": {"limit": 77}, "memory": {"limit": 33554432}, "devices": []}')
+    )
     metrics = metrics_pb2.Metrics.FromString((await task.call("Stats")).stats.value)
     assert (metrics.pids.limit, metrics.memory.usage_limit) == (77, 32 << 20)
     await task.call("Shutdown")  # it stays while a container is left
@@ -298,13 +301,15 @@ async def test_containers_of_a_group_have_one_shim_and_one_guest(fake: FakeConta
 
 
 @pytest.mark.parametrize("killed", [False, True])
-async def test_the_hosts_side_is_in_the_containers_cgroup(fake: FakeContainerd, killed: bool) -> None:
+async def test_the_hosts_side_has_the_containers_cgroup_and_cpus(fake: FakeContainerd, killed: bool) -> None:
     parent = unique("caisson-shim")
     linux = fake.spec()["linux"] | {"cgroupsPath": f"/{parent}/c1", "resources": {"cpu": {"shares": 77}}}
     task = await fake.run("c1", *SLEEP, linux=linux)
     shim = (await task.call("Connect")).shim_pid
     for pid in (shim, agent_of(next(fake.place.glob("agents/*"))).pid):
         assert all(line.endswith(f"/{parent}/c1") for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
+    await task.call("Update", resources=limits(b'{"cpu": {"cpus": "0"}}'))
+    assert "Cpus_allowed_list:\t0\n" in Path(f"/proc/{shim}/status").read_text()
     if killed:
         os.kill(shim, signal.SIGKILL)
         Path(task.address.removeprefix("unix://")).unlink()

@@ -19,6 +19,7 @@ from caisson.agent.pods.machines import MachineError
 from caisson.agent.pods.network import NetworkError, links
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.responses import RpcError
+from caisson.agent.shim.dns import rewritten
 from caisson.agent.shim.errors import ShimError, status_of
 from caisson.agent.shim.events import Publisher
 from caisson.agent.shim.host import OVERHEAD, size_of
@@ -102,11 +103,13 @@ def test_bootstrap_parameters_are_told_from_options() -> None:
 
 
 def test_the_guests_spec_has_nothing_of_the_host() -> None:
-    made = guest_spec(spec(mountLabel="x", resources={"cpu": {"cpus": "0-3", "shares": 5}}), "c1").document
+    limits = {"cpu": {"cpus": "0-3", "shares": 5}, "memory": {"limit": 7, "swappiness": 0, "disableOOMKiller": True}}
+    made = guest_spec(spec(mountLabel="x", resources=limits), "c1").document
     assert made["root"] == {"path": f"{GUEST_SHARED}/c1/rootfs", "readonly": False}
     assert "hooks" not in made and "apparmorProfile" not in made["process"]
     assert [one["type"] for one in made["linux"]["namespaces"]] == ["mount", "ipc", "uts"]
-    assert made["linux"]["resources"] == {"cpu": {"shares": 5}} and "mountLabel" not in made["linux"]
+    assert made["linux"]["resources"] == {"cpu": {"shares": 5}, "memory": {"limit": 7}}
+    assert "mountLabel" not in made["linux"]
 
 
 def test_bind_mounts_become_volumes_of_the_share(tmp_path: Path) -> None:
@@ -184,6 +187,21 @@ def test_info_claims_mounts_of_image_files_if_roots_are_to_be_disks(
 def test_what_no_guest_has_is_refused_by_name(change: dict[str, Any], field: str) -> None:
     with pytest.raises(UnsupportedSpec, match=field):
         guest_spec(spec(**change), "c1")
+
+
+@pytest.mark.parametrize("kind", ["network", "ipc", "pid"])
+def test_another_containers_namespace_is_joined_in_a_pod_only(kind: str) -> None:
+    others = [one for one in NAMESPACES if one["type"] != kind]
+    document = spec(namespaces=[*others, {"type": kind, "path": f"/proc/7/ns/{kind}"}])
+    with pytest.raises(UnsupportedSpec, match=f"{kind}: another container's namespace"):
+        guest_spec(document, "c1")
+    guest_spec(document | {"annotations": {"io.kubernetes.cri.sandbox-id": "p1"}}, "c1")
+
+
+def test_dockers_name_server_has_another_address_in_the_guest() -> None:
+    text = "# 127.0.0.11\nnameserver 127.0.0.11\nnameserver\t127.0.0.11\nnameserver 127.0.0.110\noptions ndots:0"
+    changed = "# 127.0.0.11\nnameserver 169.254.0.11\nnameserver\t169.254.0.11\nnameserver 127.0.0.110\noptions ndots:0"
+    assert rewritten(text) == changed
 
 
 def test_devices_that_every_kernel_has_are_the_guests_own() -> None:
