@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from errno import EBUSY
 from functools import partial
 
-from caisson.agent.base.aio import run_to_completion
+from caisson.agent.base.aio import runs_to_completion
 from caisson.agent.base.errors import (
     CannotExec,
     CannotPause,
@@ -171,14 +171,12 @@ class Container:
         )
         state.save(bundle)
 
+    @runs_to_completion
     async def start(self) -> None:
         """Let the program run.  Raises NotCreated, or LaunchError when its init died before.
 
         Runs to completion: an init interrupted half-way could not be started again.
         """
-        await run_to_completion(self._start())
-
-    async def _start(self) -> None:
         async with self._lock:
             if self.status != CREATED:
                 raise NotCreated(container_id=self.id, status=self.status)
@@ -253,6 +251,7 @@ class Container:
     def _join_fds(self) -> JoinFds | None:
         return None if self._cgroup is None else self._cgroup.join_fds()
 
+    @runs_to_completion  # else it could be left frozen, but not paused: nothing would thaw it
     async def pause(self) -> None:
         """Freeze all processes.  Raises CannotPause if they are already frozen, or it has exited."""
         async with self._lock:
@@ -263,6 +262,7 @@ class Container:
             await self._cgroup.freeze()
             self._paused = True
 
+    @runs_to_completion
     async def resume(self) -> None:
         """Thaw all processes.  Raises NotPaused."""
         async with self._lock:
@@ -271,20 +271,18 @@ class Container:
             await self._cgroup.thaw()
             self._paused = False
 
-    async def update(self, resources: Resources) -> None:
-        """Change the limits given in `resources`, all or none.
-
-        Raises NotRunning if it has exited, SpecError or CgroupError for a limit that cannot be set.
-        """
-        await run_to_completion(self._update(resources))
-
     async def stats(self) -> CgroupStats:
         """Read its usage so far.  Takes no lock and blocks nothing else: the files are read in a thread."""
         if self._cgroup is None:
             raise Unsupported("statistics of a container need a cgroup, and this machine has no cgroup hierarchy")
         return await self.reads(self._cgroup.stats)
 
-    async def _update(self, resources: Resources) -> None:
+    @runs_to_completion
+    async def update(self, resources: Resources) -> None:
+        """Change the limits given in `resources`, all or none.
+
+        Raises NotRunning if it has exited, SpecError or CgroupError for a limit that cannot be set.
+        """
         async with self._lock:
             if self.status == STOPPED:
                 raise NotRunning(container_id=self.id)
@@ -319,6 +317,7 @@ class Container:
         """Return a process by its id; an empty id means init.  Raises ProcessNotFound."""
         return self._processes.find(exec_id)
 
+    @runs_to_completion
     async def signal_all(self, number: int) -> None:
         """Signal every process in it, ignoring any that has just exited.  A paused container is resumed.
 
@@ -330,12 +329,15 @@ class Container:
         if number == signal.SIGKILL:
             await self._cgroup.kill()
             return
-        await self._cgroup.freeze()  # so that nothing can fork while the list is read
-        try:
-            signal_pids(await self.reads(self._cgroup.pids), number)
-        finally:
-            await self._cgroup.thaw()
-            self._paused = False
+        async with self._lock:
+            if self._removed:
+                return
+            await self._cgroup.freeze()  # so that nothing can fork while the list is read
+            try:
+                signal_pids(await self.reads(self._cgroup.pids), number)
+            finally:
+                await self._cgroup.thaw()
+                self._paused = False
 
     async def signal(self, exec_id: str, number: int) -> None:
         """Signal one process.  An init process for which the kernel would drop SIGTERM or SIGINT gets SIGKILL instead.

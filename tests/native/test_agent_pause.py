@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import random
+import signal
 
 import pytest
 
+from caisson.agent.client import AgentError
 from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2
-from tests.native.agent_support import RunningAgent, refused, sh
+from tests.native.agent_support import RunningAgent, output, refused, sh
 
 pytestmark = [pytest.mark.root, pytest.mark.parametrize("agent", ["v2", "v1"], indirect=True)]
 PAUSE, RESUME = (
@@ -50,6 +54,26 @@ async def test_a_signal_wakes_a_paused_container(agent: RunningAgent) -> None:
         await processes[0].signal(15)
         assert [await process.wait() for process in processes] == [143, 143]
         assert await refused(client.rpc.ResumeContainer(RESUME)) == (Code.UNKNOWN, "container not paused")
+
+
+SIGNAL = agent_pb2.SignalProcessRequest(container_id="box", signal=signal.SIGURG)  # ignored by default
+
+
+@pytest.mark.parametrize("call", ["PauseContainer", "SignalProcess"])
+async def test_a_host_that_hangs_up_leaves_no_container_frozen(agent: RunningAgent, call: str) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        container = await client.ensure_container("box", agent.spec("/bin/sleep", "1000"))
+        await sh(container, "for i in 1 2 3 4 5 6 7 8; do while :; do :; done & done")
+        chance = random.Random(5)
+        for _ in range(25):
+            with contextlib.suppress(TimeoutError):
+                request = PAUSE if call == "PauseContainer" else SIGNAL
+                await asyncio.wait_for(getattr(client.rpc, call)(request), chance.random() * 0.02)
+            with contextlib.suppress(AgentError):
+                await client.rpc.ResumeContainer(RESUME)
+            echo = await asyncio.wait_for(sh(container, "echo on"), 20)
+            assert await output(echo) == b"on\n"
 
 
 @pytest.mark.parametrize("started", [False, True])
