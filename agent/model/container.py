@@ -358,10 +358,11 @@ class Container:
 
         Raises CgroupError or OSError; it can be retried then.
         """
+        self._ending = True
+        self._processes.signal(signal.SIGKILL)  # a start that waits for a hook ends, and releases the lock
         async with self._lock:
             if self._removed:
                 return
-            self._ending = True
             if self._poststart is not None:
                 self._poststart.cancel()
                 await asyncio.wait([self._poststart])

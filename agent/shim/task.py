@@ -46,7 +46,8 @@ TASK_VERSION = "v3"
 class TaskService:
     """The containers of a pod.  Versions 2 and 3 of the service have the same messages on the wire.
 
-    containerd closes the connection when its client gives up: what mounts, or starts a VM, runs to completion.
+    containerd closes the connection when its client gives up: what mounts, starts a VM or ends a container runs to
+    completion.
     """
 
     def __init__(
@@ -196,8 +197,9 @@ class TaskService:
         """End a container that was only created: there is no exit for the agent to report."""
         with contextlib.suppress(ConnectionClosed):  # it has exited with its VM
             await container.kill_all(signal.SIGKILL)
-        await container.init.end(status)
-        await self._ended(container, container.init)
+        if container.init.status == CREATED:  # otherwise it was started, or another request has ended it
+            await container.init.end(status)
+            await self._ended(container, container.init)
 
     @runs_to_completion
     async def Delete(self, request: Any) -> Any:
@@ -207,6 +209,8 @@ class TaskService:
         container = self._container(request.id)
         process = container.process(request.exec_id)
         pid = self._pid
+        if process.status == CREATED and not request.exec_id:
+            await self._end_unstarted(container, KILLED)
         if process.exited_at:
             await process.exited.wait()  # its exit is published before its deletion
         if request.exec_id:
@@ -215,8 +219,6 @@ class TaskService:
             await process.close()
             del container.execs[request.exec_id]
         else:
-            if process.status == CREATED:
-                await self._end_unstarted(container, KILLED)
             ends_pod = not self._sandboxed and (container.owner or len(self._containers) == 1)
             await container.remove(guest_ends=ends_pod)
             self._containers.pop(request.id, None)
@@ -267,6 +269,7 @@ class TaskService:
         stamp(response.exited_at, process.exited_at)
         return response
 
+    @runs_to_completion
     async def Kill(self, request: Any) -> Any:
         container = self._container(request.id)
         process = container.process(request.exec_id)

@@ -343,6 +343,16 @@ async def test_a_poststart_hook_that_hangs_does_not_keep_the_container(agents_bo
     await until(lambda: sleepers() == [], "nothing of the hook is left")
 
 
+async def test_a_start_container_hook_that_hangs_does_not_keep_the_container(agents_box: Box) -> None:
+    container = life(agents_box, with_hooks("true", startContainer=[sh(f"{SLEEP} & wait")]))
+    await container.create("box", {})
+    starting = asyncio.ensure_future(container.start())
+    await until(lambda: sleepers() != [], "the hook runs")
+    await asyncio.wait_for(container.remove(), 10)
+    with pytest.raises(LaunchError):
+        await starting
+
+
 async def test_a_start_container_hook_that_fails_stops_the_container(agents_box: Box) -> None:
     box = agents_box
 

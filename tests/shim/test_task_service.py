@@ -17,7 +17,7 @@ from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import Client
 from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.agent.shim.bundle import TaskBundle
-from caisson.proto.containerd import metrics_pb2, runc_options_pb2, tasks_pb2
+from caisson.proto.containerd import metrics_pb2, runc_options_pb2, task_v3_pb2, tasks_pb2
 from tests.shim.fake_containerd import FakeContainerd, Task
 from tests.shim.native_machines import agent_of
 from tests.support.poll import until
@@ -172,6 +172,36 @@ async def test_kill_ends_a_container_that_was_only_created(fake: FakeContainerd)
     assert (await task.call("Wait")).exit_status == 128 + signal.SIGTERM
     assert await status(task) == STOPPED
     assert (await task.refused("Start"))[0] == StatusCode.FAILED_PRECONDITION
+    await task.call("Delete")
+    await task.call("Shutdown")
+
+
+async def test_simultaneous_kills_of_what_was_only_created_publish_one_exit(fake: FakeContainerd) -> None:
+    task = await fake.start("c1", *SLEEP)
+    await task.create()
+    await asyncio.gather(*(task.call("Kill", signal=9) for _ in range(3)), return_exceptions=True)
+    assert (await task.call("Wait")).exit_status == 137
+    await task.call("Delete")
+    await task.call("Shutdown")
+    await fake.until(lambda: "delete" in fake.topics("c1"))
+    assert fake.topics("c1") == ["create", "exit", "delete"]
+
+
+@pytest.mark.parametrize("milliseconds", range(3, 9))
+async def test_a_kill_that_nobody_waits_for_is_whole(fake: FakeContainerd, milliseconds: int) -> None:
+    task = await fake.start("c1", *SLEEP)
+    await task.create()
+    client = await Client.connect(task.address.removeprefix("unix://"))
+    request = task_v3_pb2.KillRequest(id="c1", signal=9).SerializeToString()
+    kill = asyncio.ensure_future(client.call("containerd.task.v3.Task", "Kill", request))
+    await asyncio.wait([kill], timeout=milliseconds / 1000)
+    await client.close()
+    with contextlib.suppress(RpcError):
+        await kill
+    with contextlib.suppress(RpcError):
+        await task.call("Kill", signal=9)
+    async with asyncio.timeout(10):
+        assert (await task.call("Wait")).exit_status == 137
     await task.call("Delete")
     await task.call("Shutdown")
 
