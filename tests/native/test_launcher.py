@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from caisson.agent.libcontainer import intel_rdt
 from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
@@ -47,6 +48,14 @@ async def _fails(box: Box, value: dict[str, Any], **keywords: Any) -> LaunchErro
 async def test_programs_that_cannot_be_found_at_create(box: Box, program: str, message: str) -> None:
     error = await _fails(box, config(program))
     assert (str(error), error.step, error.path) == (message, "lookup", program)
+
+
+async def test_a_resctrl_that_was_unmounted_fails_the_create(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounted = iter([str(box.path), None])
+    monkeypatch.setattr(intel_rdt, "mounted", lambda: next(mounted))
+    value = config()
+    value["linux"]["intelRdt"] = {"enableMonitoring": True}
+    assert "no resctrl file system is mounted" in str(await _fails(box, value))
 
 
 async def test_without_a_path_nothing_is_found(box: Box) -> None:

@@ -18,7 +18,9 @@ import pytest
 
 from caisson.agent.client.seccomp import BY_CAPABILITY, PERMITTED
 from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.process.listener import Listener
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.libcontainer.state import OCI_VERSION
 from tests.native.nsexec_support import Box, config, make_rootfs
@@ -210,6 +212,15 @@ async def test_an_agent_that_never_answers_holds_up_nothing_for_ever(
 async def test_without_an_agent_nothing_is_created(box: Box) -> None:
     with pytest.raises(LaunchError, match=r"failed to connect with seccomp agent .*agent\.sock: no such file"):
         await box.output(with_listener(box, "true"))
+
+
+def test_the_thread_that_sends_a_listener_closes_it(box: Box) -> None:
+    """Its caller may have stopped waiting, and the descriptor's number must not be another's by then."""
+    spec, fd = Spec.from_json(with_listener(box, "true")), os.eventfd(0)
+    with pytest.raises(LaunchError, match="failed to connect"):
+        Listener(spec, "box", str(box.path)).send(fd, os.getpid())
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 @pytest.mark.parametrize(

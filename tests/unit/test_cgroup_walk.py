@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from caisson.agent.libcontainer.cgroups import files
+from caisson.agent.libcontainer.cgroups.base import JoinFds
 
 NAME = "x" * 250
 
@@ -40,6 +41,13 @@ def test_a_process_below_paths_that_are_too_long_is_found(nested: Path) -> None:
     assert files.open_around(str(nested), 8) == -1
     assert files.remove_tree(str(nested))
     assert not nested.exists()
+
+
+def test_a_descriptor_that_nobody_waited_for_is_closed(nested: Path) -> None:
+    fd = files.open_around(str(nested), 8)
+    JoinFds(str(nested), fd, [], owned=True)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 def test_a_walk_has_few_descriptors_and_leaves_none(nested: Path) -> None:

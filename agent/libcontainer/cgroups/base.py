@@ -333,6 +333,9 @@ class JoinFds:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._close()
 
+    def __del__(self) -> None:
+        self._close()  # opened in a thread for a caller who has stopped waiting
+
     def _close(self) -> None:
         for fd in self._fds.values():
             os.close(fd)

@@ -103,8 +103,8 @@ class ProcessLauncher:
         own_pipes(launch.stdio, spec)
         # If others can inspect it while it waits, it gets nothing that belongs to the runtime.
         in_company = "pid" in plan.joined_paths(spec.linux, join)
-        name, gate_fd = gate.make(start_gate, in_company=in_company)
         group = _rdt_group(spec, launch.container_id)
+        name, gate_fd = gate.make(start_gate, in_company=in_company)
         try:
             if group is not None:
                 group.make()

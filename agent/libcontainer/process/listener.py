@@ -70,22 +70,23 @@ class Listener(Record):
             return
 
     def send(self, fd: int, pid: int) -> None:
-        """Send it to the agent, with the state of the process `pid`.  Raises LaunchError."""
+        """Send it to the agent, with the state of the process `pid`, and close it.  Raises LaunchError."""
         profile = self.spec.linux.seccomp
         assert profile is not None
-        document = self._process_state(pid, profile.listener_metadata)
-        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            client.settimeout(TIMEOUT)
-            client.connect(profile.listener_path)
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(INT_SIZE, sys.byteorder))]
-            sent = client.sendmsg([document], rights)
-            if sent < len(document):
-                client.sendall(document[sent:])
-        except OSError as error:
-            raise _error(f"failed to connect with seccomp agent {profile.listener_path}", error) from error
-        finally:
-            client.close()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(INT_SIZE, sys.byteorder))]
+        with open(fd, "rb", buffering=0):
+            document = self._process_state(pid, profile.listener_metadata)
+            client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                client.settimeout(TIMEOUT)
+                client.connect(profile.listener_path)
+                sent = client.sendmsg([document], rights)
+                if sent < len(document):
+                    client.sendall(document[sent:])
+            except OSError as error:
+                raise _error(f"failed to connect with seccomp agent {profile.listener_path}", error) from error
+            finally:
+                client.close()
 
     def _process_state(self, pid: int, metadata: str) -> bytes:
         status = "running" if self.init_pid else "creating"

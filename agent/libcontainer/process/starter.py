@@ -192,10 +192,11 @@ class Starter:
                 if asks and started.child is None:
                     listener.let_through(fd)
             if started.child is not None:
-                pid = started.child.pid
-                await self.waits.work(lambda: listener.send(fd, pid))
+                given, fd, pid = fd, -1, started.child.pid
+                await self.waits.work(lambda: listener.send(given, pid))
         finally:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
     async def _set_scheduler(self, started: InitProcess, attributes: bytes, timeout: float | None) -> None:
         """Set the scheduler that the clone could not inherit; the process waits for it.  Raises LaunchError."""
