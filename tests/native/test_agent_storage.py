@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from caisson.agent.base.log import Log
+from caisson.agent.base.mountinfo import mount_points
+from caisson.agent.base.syscalls import MNT_DETACH, umount2
 from caisson.agent.client import Agent, AgentError
+from caisson.agent.guest.blockdevices import BlockDevices
+from caisson.agent.guest.storage import Storage, Storages, ephemeral
 from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, refused
@@ -43,6 +49,32 @@ def mounts(agent: RunningAgent, path: Path) -> list[str]:
 async def create(client: Agent, agent: RunningAgent, *storages: Any, container_id: str = "box") -> None:
     request = agent_pb2.CreateContainerRequest(container_id=container_id, OCI=agent.spec(), storages=storages)
     await client.rpc.CreateContainer(request)
+
+
+async def test_a_mount_that_nobody_waits_for_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
+    make = ephemeral.make_ephemeral
+
+    def make_late(wanted: Storage) -> None:
+        begun.set()
+        go_on.wait()
+        make(wanted)
+        done.set()
+
+    monkeypatch.setattr(ephemeral, "make_ephemeral", make_late)
+    storages = Storages(BlockDevices(0), Log("error"))
+    mounting = asyncio.ensure_future(storages.mount([Storage("ephemeral", "shm", "tmpfs", str(tmp_path / "shm"))]))
+    await asyncio.to_thread(begun.wait)
+    mounting.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await mounting
+    await asyncio.to_thread(done.wait)
+    left = mount_points(str(tmp_path))
+    for path in left:
+        umount2(path, MNT_DETACH)
+    assert left == []
 
 
 async def test_mounted_for_a_container_and_unmounted_with_it(agent: RunningAgent, place: Path) -> None:

@@ -23,7 +23,7 @@ from caisson.proto.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from caisson.agent.base.log import Log
     from caisson.agent.guest.blockdevices import BlockDevices
@@ -189,8 +189,7 @@ class Storages:
             point.directories.append(storage.mount_point)
             await asyncio.to_thread(make_local, storage)
         else:
-            await asyncio.to_thread(make_ephemeral, storage)
-            point.mounted.append(storage.mount_point)
+            await self._mount(point, storage, make_ephemeral)
             point.directories.append(storage.mount_point)
 
     async def _make_layers(self, group: Sequence[Storage], point: _Point, container_id: str) -> None:
@@ -204,9 +203,9 @@ class Storages:
 
         await layers.mount(node, lambda layer: self._mount(point, layer))
 
-    async def _mount(self, point: _Point, storage: Storage) -> None:
+    async def _mount(self, point: _Point, storage: Storage, mount: Callable[[Storage], None] = mounts.mount) -> None:
         """Mount in a thread, to completion: a cancelled caller would otherwise leave a mount behind."""
-        work = asyncio.ensure_future(asyncio.to_thread(mounts.mount, storage))
+        work = asyncio.ensure_future(asyncio.to_thread(mount, storage))
         try:
             await asyncio.shield(work)
         finally:
