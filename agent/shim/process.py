@@ -116,12 +116,11 @@ class Process:
     async def close(self) -> None:
         """Close its streams, when all output is copied or DRAIN_TIMEOUT has passed."""
         if self._copies:
-            _, pending = await asyncio.wait(self._copies, timeout=DRAIN_TIMEOUT)
-            for copy in pending:
-                copy.cancel()
-        if self._input is not None:
-            self._input.cancel()
-            await asyncio.gather(self._input, return_exceptions=True)
+            await asyncio.wait(self._copies, timeout=DRAIN_TIMEOUT)
+        tasks = [*self._copies, *([self._input] if self._input is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # none uses a descriptor that is closed
         if self._streams is not None:
             streams, self._streams = self._streams, None
             await streams.close()
