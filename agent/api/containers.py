@@ -19,6 +19,7 @@ from caisson.agent.guest.storage import Storage
 from caisson.agent.libcontainer.config.process import Process as ProcessSpec
 from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.config.spec import Spec
+from caisson.agent.rpc import wire
 from caisson.proto.contract import VERSION
 
 TYPE_CHECKING = False
@@ -191,12 +192,4 @@ DATA_FIELD = 1
 
 def read_response(data: bytes) -> list[bytes]:
     """Return a ReadStreamResponse as it is on the wire.  Protobuf would copy 1 MiB twice to prepend two bytes."""
-    if not data:
-        return []
-    head = bytearray([DATA_FIELD << 3 | 2])  # a bytes field: its length as a varint, then the bytes
-    size = len(data)  # (protobuf.dev, Encoding)
-    while size >= 0x80:
-        head.append(size & 0x7F | 0x80)
-        size >>= 7
-    head.append(size)
-    return [bytes(head), data]
+    return [wire.prefix(DATA_FIELD, len(data)), data] if data else []

@@ -8,7 +8,6 @@ a lock on its directory.
 from __future__ import annotations
 
 import os
-import time
 
 from caisson.agent.base.json import dumps
 from caisson.agent.libcontainer import faults
@@ -192,7 +191,7 @@ class Container:
             id=container_id,
             init_process_pid=-1,
             init_process_start=0,
-            created=_now(),
+            created=files.now(),
             cgroup_paths={} if cgroup is None else cgroup.by_controller,
             labels=spec.annotations,
             bundle=bundle,
@@ -444,9 +443,3 @@ class Container:
                 await cgroup.kill()
                 await wait_until(lambda: not cgroup.pids(), KILL_TIMEOUT, self.runtime.waits)
             await cgroup.delete()
-
-
-def _now() -> str:
-    """Return the current time in RFC 3339 with nanoseconds, in UTC."""
-    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds:09d}Z"

@@ -6,6 +6,7 @@ The keys are those of runc's BaseState (libcontainer, `container_linux.go`) wher
 from __future__ import annotations
 
 import os
+import time
 
 from caisson.agent.base.json import JsonError, dumps, loads
 from caisson.agent.libcontainer import faults
@@ -37,6 +38,12 @@ def check_id(name: str) -> str:
     if not name or len(name) > ID_MAX or name in (".", "..") or not ID_CHARACTERS.issuperset(name):
         raise SpecError("id", f"{name[:64]!r} is not of 1 to {ID_MAX} letters, digits and _+.-")
     return name
+
+
+def now() -> str:
+    """Return the current time in RFC 3339 with nanoseconds, in UTC."""
+    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds:09d}Z"
 
 
 class State(Record):

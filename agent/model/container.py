@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from datetime import UTC, datetime
 from errno import EBUSY
 from functools import partial
 
@@ -27,7 +26,7 @@ from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.launch import Launch
-from caisson.agent.libcontainer.state import CREATED, PAUSED, RUNNING, STOPPED, ProcessStat, State, check_id
+from caisson.agent.libcontainer.state import CREATED, PAUSED, RUNNING, STOPPED, ProcessStat, State, check_id, now
 from caisson.agent.libcontainer.waits import Deadline
 from caisson.agent.model.oom import OomWatcher
 from caisson.agent.model.pipes import Pipes
@@ -162,7 +161,7 @@ class Container:
             id=self.id,
             init_process_pid=pid,
             init_process_start=0 if found is None else found.start_time,
-            created=datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            created=now(),
             cgroup_paths={} if self._cgroup is None else self._cgroup.by_controller,
             labels=self.spec.annotations,
             bundle=bundle,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from caisson.agent.base.aio import run_to_completion
+from caisson.agent.base.aio import run_to_completion, runs_to_completion
 from caisson.agent.base.errors import (
     AlreadyExists,
     ContainerExists,
@@ -133,15 +133,13 @@ class Sandbox:
                 raise
             self._id, self._shared, self._hooks = name, shared, hooks
 
+    @runs_to_completion
     async def destroy(self) -> None:
         """Destroy the sandbox with all its containers, if it exists.
 
         Runs to completion.  If a container cannot be removed, the others still are, the sandbox stays, and this can be
         retried.
         """
-        await run_to_completion(self._destroy())
-
-    async def _destroy(self) -> None:
         async with self._lock:
             if self._id is None or self._shared is None:
                 return

@@ -167,7 +167,7 @@ class SetupChannel:
             if data is None:
                 return
             if data and sender in self._makers and len(fds) == 1:
-                self._on_announcement(_object(data), fds)
+                self._on_announcement(decode_object(data), fds)
             for fd in fds:
                 os.close(fd)
             if not data or self.pidfd >= 0:
@@ -208,7 +208,7 @@ class SetupChannel:
                 self._forget(self._sync.fileno())
                 self.ended = True
                 return
-            self._on_report(_object(packet))
+            self._on_report(decode_object(packet))
 
     def _on_report(self, found: dict[str, object]) -> None:
         kind = found.get("type")
@@ -245,7 +245,7 @@ class SetupChannel:
 
     def _log_line(self, line: bytes) -> None:
         if line:
-            found = _object(line)
+            found = decode_object(line)
             self._log(_text(found.get("level")) or "debug", _text(found.get("msg")) or repr(line[:200]))
 
     def _close_log(self) -> None:
@@ -335,7 +335,7 @@ def _receive(sock: socket.socket, size: int) -> tuple[bytes | None, list[int], i
     return data, fds, sender
 
 
-def _object(data: bytes) -> dict[str, object]:
+def decode_object(data: bytes) -> dict[str, object]:
     """Decode a JSON object, empty if it is not one.  Bytes of file names that are not UTF-8 survive."""
     try:
         found = loads(data.decode("utf-8", "surrogateescape"))

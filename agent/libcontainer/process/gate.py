@@ -15,10 +15,9 @@ import os
 import select
 import stat
 
-from caisson.agent.base.json import JsonError, loads
 from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer.errors import LaunchError, reason
-from caisson.agent.libcontainer.process.channel import report_error
+from caisson.agent.libcontainer.process.channel import decode_object, report_error
 from caisson.agent.libcontainer.state import ProcessStat
 
 TYPE_CHECKING = False
@@ -102,7 +101,7 @@ async def open_and_follow(path: str, pid: int, pidfd: int, waits: Waits, timeout
     remove(path)
     faults.reach("start_removed")
     if len(heard) > 1:
-        raise _report(heard[1:])
+        raise report_error(decode_object(heard[1:]))
     now = ProcessStat.read(pid)
     if now is not None and not now.executed:
         raise LaunchError(NOT_EXECUTED, step="start", path=path)
@@ -111,7 +110,7 @@ async def open_and_follow(path: str, pid: int, pidfd: int, waits: Waits, timeout
 def failure_of(heard: str) -> LaunchError:
     """Build the error of a start by another program: `heard` is all that came through the gate (front/start.c)."""
     if len(heard) > 1:
-        return _report(heard[1:].encode("utf-8", "surrogateescape"))
+        return report_error(decode_object(heard[1:].encode("utf-8", "surrogateescape")))
     return LaunchError(NOT_EXECUTED if heard else GONE, step="start")
 
 
@@ -153,11 +152,3 @@ def _read(fd: int) -> bytes:
     except (BlockingIOError, ConnectionResetError):
         pass
     return found
-
-
-def _report(report: bytes) -> LaunchError:
-    try:
-        found = loads(report.decode("utf-8", "surrogateescape"))
-    except JsonError:
-        found = {}
-    return report_error(found if isinstance(found, dict) else {})
