@@ -166,17 +166,19 @@ class Cache:
         for path in sorted(results, key=_last_use):
             if total - sum(one.bytes for one in removed) <= cap or now - _last_use(path) < spare:
                 break
-            # Rename it first: a result is complete or absent.
-            gone = path.with_name(f".making-{path.name}")
-            with (
-                contextlib.suppress(BlockingIOError, FileNotFoundError),  # in use by another process, or removed by it
-                self._locked(path.parent.name, path.name, wait=False),
-            ):
-                path.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+            if self.remove(path.parent.name, path.name):
                 removed.append(Removed(path.parent.name, sizes[path]))
         self._sweep("*")
         return removed
+
+    def remove(self, step: str, key: str) -> bool:
+        """Remove a result; False if another process is making or has removed it."""
+        gone = self.root / step / f".making-{key}"
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._locked(step, key, wait=False):
+            (self.root / step / key).rename(gone)  # first: a result is complete or absent
+            shutil.rmtree(gone, ignore_errors=True)
+            return True
+        return False
 
     def _sweep(self, steps: str) -> None:
         """Remove the remains of killed builds, of one step or (``*``) of all."""

@@ -148,8 +148,8 @@ class _Packer:
     def _find_image(self) -> Path | store.Stored:
         """Find the image that a source names: by its transport, as a path, PATH:TAG, or a name."""
         source = self._source
-        if source.startswith(("docker://", "docker:/")):
-            return self._pull(re.sub("^docker:/+", "", source))
+        if source.startswith("docker:/"):
+            return self._pull(source.removeprefix("docker:").lstrip("/"))
         kind, colon, rest = source.partition(":")
         if colon and kind in TRANSPORTS and not Path(source).exists():
             source = rest

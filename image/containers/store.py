@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -76,7 +75,8 @@ def images(cache: Cache) -> list[Stored]:
     """Return the stored images, most recently used first."""
     names: dict[str, list[str]] = {}
     for file in sorted((cache.root / NAMES).glob("[!.]*")):
-        names.setdefault(file.read_text(), []).append(os.fsdecode(unquote_to_bytes(file.name)))
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            names.setdefault(file.read_text(), []).append(os.fsdecode(unquote_to_bytes(file.name)))
     found = []
     for place in (cache.root / STEP).glob("[!.]*/"):
         with contextlib.suppress(OSError, ValueError, TypeError):  # removed meanwhile, or from an older version
@@ -114,7 +114,10 @@ def remove(cache: Cache, name: str) -> int:
     forgotten = [wanted] if wanted in stored.names else stored.names
     for one in forgotten:
         (cache.root / NAMES / _file_name(one)).unlink(missing_ok=True)
-    return 0 if set(stored.names) - set(forgotten) else _removed(cache, stored)
+    if set(stored.names) - set(forgotten):
+        return 0
+    freed = size_of(stored.disk.parent)
+    return freed if cache.remove(STEP, stored.id) else 0
 
 
 def prune(cache: Cache, *, older: float = 0.0) -> list[Stored]:
@@ -123,15 +126,5 @@ def prune(cache: Cache, *, older: float = 0.0) -> list[Stored]:
     for one in gone:
         for name in one.names:
             (cache.root / NAMES / _file_name(name)).unlink(missing_ok=True)
-        _removed(cache, one)
+        cache.remove(STEP, one.id)
     return gone
-
-
-def _removed(cache: Cache, stored: Stored) -> int:
-    place = stored.disk.parent
-    freed = size_of(place)
-    gone = place.with_name(f".making-{place.name}")
-    place.rename(gone)  # rename it first: a result is complete or absent
-    shutil.rmtree(gone, ignore_errors=True)
-    del cache
-    return freed

@@ -62,6 +62,22 @@ def test_stored_images_are_listed_removed_by_name_and_pruned_by_age(
     assert images(cache) == []
 
 
+def test_what_an_interrupted_removal_leaves_is_swept(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    stored(cache, tmp_path, "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.rmi(image="test:one")
+    assert images(cache) == []
+    cache.trim(1 << 40)
+    assert list((cache.root / "containers").iterdir()) == []
+
+
 def test_what_takes_longer_says_how_far_it_is(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oci, "PROGRESS_INTERVAL", 0.0)
     said: list[str] = []
