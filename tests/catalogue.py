@@ -29,7 +29,7 @@ GROUP = Group(
             "tests.commands:bench",
             details="docs/performance.md explains the rows.",
             options=(
-                Option("quick", "fewer samples: less than five minutes"),
+                Option("quick", "fewer samples: 4 to 6 minutes"),
                 Option("json", "print a list of rows", dest="as_json"),
                 Option("html", "draw the rows, with those of the last runs beside them", FILE),
             ),
