@@ -39,9 +39,10 @@ POD_SNAPSHOT = "pods"
 INSTRUCTIONS = """
 docker, in /etc/docker/daemon.json (or name the runtime itself: docker run --runtime io.containerd.caisson.v2):
     {"runtimes": {"caisson": {"runtimeType": "io.containerd.caisson.v2"}}}
-Kubernetes, in /etc/containerd/config.toml of containerd 1.x:
+Kubernetes, in /etc/containerd/config.toml of containerd 1.x (in 2.x, the plugin is io.containerd.cri.v1.runtime):
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.caisson]
       runtime_type = "io.containerd.caisson.v2"
+      privileged_without_host_devices = true
 """
 
 #: The configuration file; tests replace it.
@@ -244,7 +245,7 @@ def link_program(scripts: Path, directory: Path, path: str) -> str:
 
     program, link = scripts / SHIM_PROGRAM, directory / SHIM_PROGRAM
     if not program.exists():
-        return f"{SHIM_PROGRAM}: not installed; install the package: pip install caisson-vm"
+        return f"{SHIM_PROGRAM}: not installed; run: python3 -m venv /opt/caisson && /opt/caisson/bin/pip install ."
     found = shutil.which(SHIM_PROGRAM, path=path)
     if found is not None and Path(found).samefile(program):
         return f"{found}: containerd finds it here"

@@ -1,4 +1,4 @@
-"""The only place that runs other programs."""
+"""Run other programs to completion, in a minimal environment, killed with this process."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def configure(tree: Path, build: Path, arch: str, requests: Sequence[fragments.R
         try:
             from caisson.image.kernel.kconfig import Explainer
         except ModuleNotFoundError:  # an install without the extra "build"
-            raise error.with_reasons(lambda _: "and why, this says after: pip install 'caisson-vm[build]'") from None
+            raise error.with_reasons(lambda _: "and why, this says after: pip install kconfiglib") from None
         explainer = Explainer(tree, ARCHITECTURES[arch][0], release, config)
         raise error.with_reasons(lambda one: explainer.why(one.symbol, one.value)) from None
 
