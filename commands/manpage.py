@@ -30,7 +30,14 @@ VARIABLES = (
     ("CAISSON_CACHE", "Directory of images and downloads; ~/.cache/caisson if not set."),
     ("CAISSON_CACHE_SIZE", "Bytes that the cache may hold; 4000000000 if not set."),
     ("CAISSON_RUN", "Directory of running VMs; $XDG_RUNTIME_DIR/caisson or /run/caisson if not set."),
-    ("CAISSON_MIRROR", "Debian package mirror."),
+    ("CAISSON_SHIM_CONFIG", "Configuration of containerd's shim; /etc/caisson/shim.toml if not set."),
+    ("CAISSON_MIRROR", "Mirror of Debian's packages; the one in apt's sources if not set."),
+    ("CAISSON_SECURITY_MIRROR", "Mirror of Debian's security updates, or none; beside the other one if not set."),
+    ("CAISSON_UBUNTU_MIRROR", "Mirror of Ubuntu's packages."),
+    ("CAISSON_UBUNTU_KEYRING", "File with the keys that sign them."),
+    ("CAISSON_ALPINE_MIRROR", "Mirror of Alpine's packages."),
+    ("CAISSON_ALPINE_KEYS", "Directory of the keys that sign their index; /etc/apk/keys if not set."),
+    ("CAISSON_MAX_INDEX_AGE", "Days after which that index is rejected; 365 if not set."),
     ("CAISSON_DEBUG", "If set, errors are shown with a traceback."),
 )
 

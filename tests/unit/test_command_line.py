@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -24,12 +25,13 @@ from caisson.commands import main as command_line
 from caisson.commands.catalogue import COMMANDS, GROUPS
 from caisson.commands.declare import Command, Option
 from caisson.commands.main import EXPECTED_ERRORS, CommandLine, load, one_line
-from caisson.commands.manpage import manual
+from caisson.commands.manpage import VARIABLES, manual
 from caisson.commands.parse import CommandLineError, HelpWanted, parse
 from caisson.commands.renamed import OLD_COMMANDS, OLD_OPTIONS
 from caisson.commands.run import _parse_volume, run
 from caisson.commands.usage import help_of
 from caisson.proto.contract import VERSION
+from tests.support.source import ROOT
 
 EXEC, RUN, BOOT_VM, STOP_VM, CP, UNSHARE = (
     COMMANDS[name] for name in ("exec", "run", "boot-vm", "stop-vm", "cp", "unshare")
@@ -197,6 +199,13 @@ def test_the_manual_page_has_every_command_and_option() -> None:
         words = ["groff", "-man", "-Kutf8", "-Tutf8", "-ww", "-z"]
         done = subprocess.run(words, input=page.encode(), capture_output=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_manual_lists_every_variable() -> None:
+    files = [*(ROOT / "image").rglob("*.py"), *(ROOT / "commands").rglob("*.py")]
+    texts = [file.read_text() for file in files if file.name != "manpage.py"]
+    read = {name for text in texts for name in re.findall(r'"(CAISSON_[A-Z_]+)"', text)}
+    assert read == {name for name, _ in VARIABLES}
 
 
 def test_expected_errors_are_there() -> None:
