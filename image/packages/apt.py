@@ -43,13 +43,22 @@ WITHOUT_SECURITY = ("sid", "unstable", "experimental")
 def security_mirror(mirror: str) -> str:
     """Return the mirror of Debian's security updates; empty if none is known or wanted.
 
-    ``$CAISSON_SECURITY_MIRROR`` (``none`` for none), the host's own, or the neighbour of a mirror that ends in /debian.
+    ``$CAISSON_SECURITY_MIRROR`` (``none`` for none), the neighbour of a mirror that ends in /debian, or the host's own
+    beside its own mirror: cloud images name lists of mirrors (mirror+file:).
     """
     if chosen := os.environ.get("CAISSON_SECURITY_MIRROR"):
         return "" if chosen == "none" else chosen
     if mirror.rstrip("/").endswith("/debian"):
         return mirror.rstrip("/") + "-security"
-    return ""
+    own = _host_repositories()
+    return next((uri for uri in own if "security" in uri), "") if mirror in own else ""
+
+
+def _host_repositories() -> list[str]:
+    """Return the URIs of Debian's repositories of which the host's apt has an index."""
+    words = ["apt-get", "indextargets", "--format", "$(ORIGIN) $(CREATED_BY) $(REPO_URI)"]
+    lines = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
+    return [line.removeprefix("Debian Packages ") for line in lines if line.startswith("Debian Packages ")]
 
 
 def host_mirror() -> str:
@@ -59,12 +68,8 @@ def host_mirror() -> str:
     """
     if chosen := os.environ.get("CAISSON_MIRROR"):
         return chosen
-    targets = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(ORIGIN) $(CREATED_BY) $(REPO_URI)"], capture_output=True, text=True
-    )
-    for line in targets.stdout.splitlines():
-        origin, created_by, uri = (*line.split(), "", "", "")[:3]
-        if origin == "Debian" and created_by == "Packages" and "security" not in uri:
+    for uri in _host_repositories():
+        if "security" not in uri:
             return uri
     for source in [*Path("/etc/apt/sources.list.d").glob("*"), Path("/etc/apt/sources.list")]:
         # Before the first `apt-get update`, apt does not know the origin of its sources.

@@ -153,6 +153,21 @@ def test_security_updates_are_in_by_default(
     assert apt.security_mirror(mirror) == security
 
 
+def test_security_updates_are_taken_from_the_hosts_own_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [f"mirror+file:/etc/apt/mirrors/{name}.list" for name in ("other", "debian-security", "debian")]
+    program = tmp_path / "apt-get"
+    lines = "\n".join(
+        f"echo {origin} Packages {uri}" for origin, uri in zip(("X", "Debian", "Debian"), sources, strict=True)
+    )
+    program.write_text(f"#!/bin/sh\n{lines}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name in ("CAISSON_MIRROR", "CAISSON_SECURITY_MIRROR"):
+        monkeypatch.delenv(name, raising=False)
+    assert (apt.host_mirror(), apt.security_mirror(sources[2])) == (sources[2], sources[1])
+    assert apt.security_mirror("http://m/snapshot") == ""
+
+
 def test_wheels_have_hashes_or_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[object]] = []
     lines: list[str] = []
