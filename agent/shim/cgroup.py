@@ -5,6 +5,7 @@ Memory is bounded by the VM's size, not here: the guest's kernel may use all of 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ from caisson.agent.libcontainer import cgroups
 from caisson.agent.libcontainer.cgroups import CgroupError
 from caisson.agent.libcontainer.cgroups.base import own_cgroups
 from caisson.agent.libcontainer.config.resources import Resources
+from caisson.agent.libcontainer.waits import complete
 
 __all__ = ["CgroupError", "HostCgroup", "cgroupfs_path", "enter", "planned", "remove"]
 
@@ -46,15 +48,17 @@ class HostCgroup:
             return None
         before = own_cgroups()
         cgroup = hierarchy.create(path)
+        joined = cls(cgroup, hierarchy, before)
         try:
             cgroup.apply(_cpu_limits(linux.get("resources") or {}), devices=False)
             for directory in cgroup.paths.values():
                 for pid in (0, *pids):
                     _enter(directory, pid)
         except BaseException:
-            cgroup.close()
+            with contextlib.suppress(CgroupError):
+                complete(joined.leave())
             raise
-        return cls(cgroup, hierarchy, before)
+        return joined
 
     async def update(self, resources: dict[str, Any]) -> None:
         """Change its CPU limits.  Raises CgroupError or SpecError."""

@@ -352,6 +352,22 @@ async def test_the_hosts_side_has_the_containers_cgroup_and_cpus(fake: FakeConta
             (hierarchy / parent).rmdir()
 
 
+async def test_a_cgroup_whose_limits_cannot_be_set_is_removed(fake: FakeContainerd) -> None:
+    hierarchy, parent = cgroups.of_host(), unique("caisson-shim")
+    assert hierarchy is not None
+    linux = fake.spec()["linux"] | {"cgroupsPath": f"/{parent}", "resources": {"cpu": {"cpus": "4000"}}}
+    task = await fake.start("c1", *SLEEP, linux=linux)
+    shim = (await task.call("Connect")).shim_pid
+    assert "cpuset.cpus" in (await task.refused("Create", bundle=str(task.bundle)))[1]
+    assert parent not in Path(f"/proc/{shim}/cgroup").read_text()
+    await task.call("Shutdown")
+    await fake.delete_program(task)
+    left = [directory for directory in map(Path, hierarchy.place(f"/{parent}").values()) if directory.exists()]
+    for directory in left:
+        directory.rmdir()
+    assert left == []
+
+
 async def test_the_shim_alone_is_in_the_cgroup_of_its_options(fake: FakeContainerd) -> None:
     hierarchy = cgroups.of_host()
     assert hierarchy is not None
