@@ -13,7 +13,7 @@ from collections import deque
 
 from caisson.agent.base.errors import BrokenStream, EndOfStream
 from caisson.agent.model.stdio import Streams
-from caisson.agent.rpc.listener import HOST_CID
+from caisson.agent.rpc.listener import connections
 from caisson.proto.contract import BUSYBOX_ROOTFS
 
 TYPE_CHECKING = False
@@ -44,14 +44,9 @@ class VsockListener:
 
     async def run(self) -> None:
         """Accept until cancelled."""
-        loop = asyncio.get_running_loop()
         try:
-            while True:
-                connection, peer = await loop.sock_accept(self._listener)
-                if connection.family == socket.AF_VSOCK and peer[0] != HOST_CID:
-                    connection.close()
-                    continue
-                task = loop.create_task(self._serving(connection))
+            async for connection in connections(self._listener, self._log):
+                task = asyncio.get_running_loop().create_task(self._serving(connection))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         finally:

@@ -12,7 +12,7 @@ import socket
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import BaseProtocol
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from caisson.agent.base.log import Log
 
@@ -54,6 +54,18 @@ async def accept(listener: socket.socket, protocol: Callable[[], BaseProtocol], 
     """Accept connections until cancelled, each with its own protocol instance."""
     import asyncio
 
+    async for connection in connections(listener, log):
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
+        except OSError as error:
+            log("warning", "a connection was lost while it was accepted", error=str(error))
+            connection.close()
+
+
+async def connections(listener: socket.socket, log: Log) -> AsyncIterator[socket.socket]:
+    """Yield the connections of peers that may connect."""
+    import asyncio
+
     loop = asyncio.get_running_loop()
     while True:
         try:
@@ -66,9 +78,5 @@ async def accept(listener: socket.socket, protocol: Callable[[], BaseProtocol], 
         if connection.family == socket.AF_VSOCK and peer[0] != HOST_CID:
             log("warning", "refused a connection that is not from the host", cid=peer[0])
             connection.close()
-            continue
-        try:
-            await loop.connect_accepted_socket(protocol, connection)
-        except OSError as error:
-            log("warning", "a connection was lost while it was accepted", error=str(error))
-            connection.close()
+        else:
+            yield connection
