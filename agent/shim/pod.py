@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 #: Bytes of /dev/shm in a pod's guest.
 SHM_SIZE = 64 << 20
+
+#: Bytes of a hook's error output that become part of an error.
+MAX_HOOK_ERROR = 800
 
 
 class Pod:
@@ -205,13 +209,16 @@ class Pod:
 
 def _run_hook(hook: dict[str, Any], state: dict[str, Any], name: str) -> None:
     environment = dict(setting.partition("=")[::2] for setting in hook.get("env") or ())
+    errors = os.memfd_create("hook", os.MFD_CLOEXEC)  # no pipe: a process that it leaves behind may keep it open
     try:
         done = subprocess.run(
             hook.get("args") or [hook["path"]], executable=hook["path"], input=json.dumps(state), env=environment,
-            capture_output=True, text=True, timeout=hook.get("timeout") or CALL_TIMEOUT,
+            stdout=subprocess.DEVNULL, stderr=errors, text=True, timeout=hook.get("timeout") or CALL_TIMEOUT,
         )  # fmt: skip
+        text = " ".join(os.pread(errors, MAX_HOOK_ERROR, 0).decode(errors="replace").split())
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ShimError(StatusCode.UNKNOWN, f"{name} hook {hook['path']}: {error}") from error
+    finally:
+        os.close(errors)
     if done.returncode != 0:
-        text = " ".join(done.stderr.split())
         raise ShimError(StatusCode.UNKNOWN, f"{name} hook {hook['path']}: exit status {done.returncode}: {text}")

@@ -96,6 +96,18 @@ async def test_what_cannot_be_executed_fails_in_words_that_docker_knows(
     await fake.delete_program(task)
 
 
+async def test_a_hook_may_leave_a_process_behind(fake: FakeContainerd) -> None:
+    pid = fake.place / "left"
+    script = f"sleep 1000 & echo $! > {pid}"
+    task = await fake.start("c1", *SLEEP, hooks={"prestart": [{"path": "/bin/sh", "args": ["sh", "-c", script]}]})
+    try:
+        await asyncio.wait_for(task.create(), 20)
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    await task.call("Delete")
+    await task.call("Shutdown")
+
+
 async def test_the_vm_starts_before_it_is_asked_for(fake: FakeContainerd) -> None:
     task = await fake.start("c1", *SLEEP)
     await until(lambda: list(fake.place.glob("agents/*/pid")), "a VM before Create")
