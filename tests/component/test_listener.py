@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from caisson.agent.base.log import Log
+from caisson.agent.debug_ports import VsockListener
 from caisson.agent.rpc.listener import ListenError, accept, listen
 
 
@@ -162,3 +164,25 @@ async def test_a_lack_of_descriptors_passes(tmp_path: Path) -> None:
                 data = await reader.read(-1)
             writer.close()
         assert [message for _, message, _ in log.lines] == ["accept failed"] * 2
+
+
+async def test_a_debugging_port_survives_a_lack_of_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, served, failures = asyncio.get_running_loop(), asyncio.Event(), iter([errno.EMFILE])
+    sock_accept = loop.sock_accept
+
+    async def failing(listener: socket.socket) -> Any:
+        for number in failures:
+            raise OSError(number, os.strerror(number))
+        return await sock_accept(listener)
+
+    async def serve(_: socket.socket) -> None:
+        served.set()
+
+    monkeypatch.setattr(loop, "sock_accept", failing)
+    port = asyncio.ensure_future(VsockListener(listen(f"unix:{tmp_path}/port"), serve, Log("error")).run())
+    _, writer = await asyncio.open_unix_connection(tmp_path / "port")
+    await asyncio.wait([port, asyncio.ensure_future(served.wait())], return_when=asyncio.FIRST_COMPLETED)
+    assert served.is_set()
+    writer.close()
+    port.cancel()
+    await asyncio.gather(port, return_exceptions=True)
