@@ -49,7 +49,8 @@ place() {
 }
 trap 'rm -rf "$made"' EXIT
 trap 'exit 1' HUP INT TERM
-mkdir -m 700 "$made" && tar -x -f - -C "$made" && place "$made/x" "$final"
+mkdir -m 700 "$made" 2>/dev/null || { said=$(mkdir "$made" 2>&1); fail "$parent: ${said##*: }"; }
+tar -x -f - -C "$made" && place "$made/x" "$final"
 """
 )
 

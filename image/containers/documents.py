@@ -92,17 +92,20 @@ class ContainerImage:
 
 @dataclass(frozen=True)
 class _Candidate:
+    """``indexes`` are the digests of the nested indexes that lead to it."""
+
     digest: str
     names: tuple[str, ...]
     manifest: dict[str, Any]
     config: dict[str, Any]
     variant: str
+    indexes: tuple[str, ...] = ()
 
 
 def read_layout(files: ImageFiles, architecture: str, tag: str) -> ContainerImage:
     """Select an image from an OCI image layout.  Raises ImageError."""
     index = _document(files.open("index.json"), "index.json")
-    return _choose(list(_candidates(files, index, (), 0, [0])), files, architecture, tag, "blobs/sha256/{}")
+    return _choose(list(_candidates(files, index, (), (), [0])), files, architecture, tag, "blobs/sha256/{}")
 
 
 def read_directory(files: ImageFiles, architecture: str) -> ContainerImage:
@@ -115,10 +118,10 @@ def read_directory(files: ImageFiles, architecture: str) -> ContainerImage:
 
 
 def _candidates(
-    files: ImageFiles, index: dict[str, Any], names: tuple[str, ...], depth: int, seen: list[int]
+    files: ImageFiles, index: dict[str, Any], names: tuple[str, ...], above: tuple[str, ...], seen: list[int]
 ) -> Iterator[_Candidate]:
     """Yield the images of an index and nested ones, without attestations and signatures."""
-    if depth >= MAX_INDEXES:
+    if len(above) >= MAX_INDEXES:
         raise Malformed(f"{files.shown}: more than {MAX_INDEXES} nested indexes")
     if "layers" in index or "config" in index:
         raise Malformed(f"{files.shown}: ambiguous: an index and a manifest in one document")
@@ -137,18 +140,18 @@ def _candidates(
         own = tuple(str(annotations[key]) for key in NAMES if annotations.get(key)) or names
         if not files.has(f"blobs/sha256/{digest}"):
             # Often only one of several platforms or tags was copied.
-            yield _Candidate(digest, own, {}, platform, str(platform.get("variant") or ""))
+            yield _Candidate(digest, own, {}, platform, str(platform.get("variant") or ""), above)
             continue
         document = _checked(files, f"blobs/sha256/{digest}", digest)
         if "manifests" in document:
-            yield from _candidates(files, document, own, depth + 1, seen)
+            yield from _candidates(files, document, own, (*above, digest), seen)
             continue
         _check_manifest(document, digest)
         if not _is_image(document, descriptor):
             continue
         config = _sha256(_of(_of(document, "config", dict), "digest", str))
         contents = _checked(files, f"blobs/sha256/{config}", config)
-        yield _Candidate(digest, own, document, {**contents, **platform}, str(platform.get("variant") or ""))
+        yield _Candidate(digest, own, document, {**contents, **platform}, str(platform.get("variant") or ""), above)
 
 
 def _check_manifest(document: dict[str, Any], what: str) -> None:
@@ -195,7 +198,7 @@ def _choose(candidates: list[_Candidate], files: ImageFiles, architecture: str, 
 
 def _is_called(candidate: _Candidate, tag: str) -> bool:
     digest = tag.removeprefix("@").removeprefix("sha256:")
-    if len(digest) >= 12 and candidate.digest.startswith(digest):
+    if len(digest) >= 12 and any(one.startswith(digest) for one in (candidate.digest, *candidate.indexes)):
         return True
     return any(tag == name or tag == name.rpartition("/")[2].rpartition(":")[2] for name in candidate.names)
 

@@ -105,6 +105,16 @@ def test_index_with_several_images_asks_for_a_tag(tmp_path: Path) -> None:
         assert image.config == READ
 
 
+def test_the_digest_of_a_nested_index_chooses_what_is_in_it(tmp_path: Path) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS, **CONFIG)
+    digest = second(layout, b"x")
+    mine = json.loads((layout / "index.json").read_text())["manifests"]
+    inner = blob(layout, {"schemaVersion": 2, "manifests": mine})
+    rewritten(layout, lambda index: index.update(manifests=[{"digest": inner}, {"digest": digest}]))
+    with pack_image(f"{layout}@{inner}", "amd64", Cache(tmp_path / "cache")) as image:
+        assert image.config == READ
+
+
 def test_attestations_signatures_and_artifacts_beside_an_image_are_left_out(tmp_path: Path) -> None:
     layout = oci_layout(tmp_path / "layout", LAYERS, **CONFIG)
     unknown = {"os": "unknown", "architecture": "unknown"}

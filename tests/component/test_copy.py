@@ -253,6 +253,12 @@ def test_a_device_is_written_to_and_stays(container: Container, source: Path, wa
     assert os.path.samestat(before, Path("/dev/null").stat())
 
 
+def test_a_directory_that_takes_no_files_is_named(container: Container, source: Path) -> None:
+    with pytest.raises(CopyError) as error:
+        container.copy("in", f"{source}/sub/file", "/proc/new")
+    assert str(error.value) == "/proc: No such file or directory"
+
+
 def test_a_full_device_is_named(container: Container, source: Path) -> None:
     with pytest.raises(CopyError) as error:
         container.copy("out", f"{source}/sub/file", "/dev/full")
