@@ -6,9 +6,16 @@ Each generation of the API has its own status codes and messages, which hosts co
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import ClassVar
+
+
+def reason(error: OSError) -> str:
+    """Describe why a system call failed, for use within a sentence."""
+    return os.strerror(error.errno or 0).lower()
 
 
 class ModelError(Exception):

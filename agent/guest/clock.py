@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from caisson.agent.base.errors import InvalidArgument, MissingArgument, SystemCallFailed
+from caisson.agent.base.errors import InvalidArgument, MissingArgument, SystemCallFailed, reason
 
 RNDADDTOENTCNT, RNDRESEEDCRNG = 0x40045201, 0x5207  # random(4)
 
@@ -21,7 +21,7 @@ def set_time(seconds: int, microseconds: int) -> None:
             f"Could not set guest time: {seconds} seconds are beyond what the kernel can count"
         ) from None
     except OSError as error:
-        raise SystemCallFailed(f"Could not set guest time: {os.strerror(error.errno or 0).lower()}") from error
+        raise SystemCallFailed(f"Could not set guest time: {reason(error)}") from error
 
 
 def reseed(data: bytes) -> None:
@@ -45,6 +45,4 @@ def reseed(data: bytes) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        raise SystemCallFailed(
-            f"Could not reseed the random numbers: {os.strerror(error.errno or 0).lower()}"
-        ) from error
+        raise SystemCallFailed(f"Could not reseed the random numbers: {reason(error)}") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 
-from caisson.agent.base.errors import InvalidArgument, SystemCallFailed
+from caisson.agent.base.errors import InvalidArgument, SystemCallFailed, reason
 from caisson.agent.guest import modules
 from caisson.agent.guest.blockdevices import BlockDevices
 from caisson.agent.guest.storage import MODULES
@@ -80,7 +80,7 @@ def _numbers_of(node: str) -> tuple[str, int, int]:
     try:
         status = os.stat(node)  # noqa: PTH116 - no pathlib at start
     except OSError as error:
-        raise SystemCallFailed(f"stat {node}: {os.strerror(error.errno or 0).lower()}") from error
+        raise SystemCallFailed(f"stat {node}: {reason(error)}") from error
     kind = "b" if stat.S_ISBLK(status.st_mode) else "c" if stat.S_ISCHR(status.st_mode) else ""
     if not kind:
         raise SystemCallFailed(f"{node} is not a device")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import SystemCallFailed
+from caisson.agent.base.errors import SystemCallFailed, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Resolver:
             syscalls.mount(SOURCE, TARGET, None, syscalls.MS_BIND)
         except OSError as error:
             self._forget_source()
-            raise SystemCallFailed(f"{TARGET}: {os.strerror(error.errno or 0).lower()}") from error
+            raise SystemCallFailed(f"{TARGET}: {reason(error)}") from error
         self._set = True
         return True
 

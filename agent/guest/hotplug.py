@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-from caisson.agent.base.errors import MissingArgument, SystemCallFailed
+from caisson.agent.base.errors import MissingArgument, SystemCallFailed, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,9 +76,7 @@ def probe_memory(addresses: Iterable[int], system: str = SYSTEM) -> None:
             with open(f"{system}/memory/probe", "w") as file:  # noqa: PTH123
                 file.write(f"{address:#x}")
         except OSError as error:
-            raise SystemCallFailed(
-                f"Could not probe memory at {address:#x}: {os.strerror(error.errno or 0).lower()}"
-            ) from error
+            raise SystemCallFailed(f"Could not probe memory at {address:#x}: {reason(error)}") from error
 
 
 def check_count(count: int, cpu_only: bool) -> None:

@@ -7,7 +7,7 @@ import re
 import socket
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import InvalidArgument, SystemCallFailed
+from caisson.agent.base.errors import InvalidArgument, SystemCallFailed, reason
 from caisson.agent.base.syscalls import MS_BIND
 
 #: Where programs read the id, and the writable file bound over it: the guest's root is read-only.
@@ -27,4 +27,4 @@ def identify(hostname: str, machine_id: str, kept: str = WRITABLE) -> None:
         if os.path.exists(MACHINE_ID) and not os.path.samefile(MACHINE_ID, kept):  # noqa: PTH110, PTH121
             syscalls.mount(kept, MACHINE_ID, None, MS_BIND)
     except OSError as error:
-        raise SystemCallFailed(f"the guest could not be identified: {os.strerror(error.errno or 0).lower()}") from error
+        raise SystemCallFailed(f"the guest could not be identified: {reason(error)}") from error

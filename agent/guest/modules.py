@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import MissingArgument, ModuleNotLoaded
+from caisson.agent.base.errors import MissingArgument, ModuleNotLoaded, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def load(name: str, parameters: Sequence[str] = ()) -> None:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ModuleNotLoaded(module=name, why=f"{file}: {os.strerror(error.errno or 0).lower()}") from error
+            raise ModuleNotLoaded(module=name, why=f"{file}: {reason(error)}") from error
 
 
 def _listed() -> dict[str, list[str]]:

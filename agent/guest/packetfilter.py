@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 
-from caisson.agent.base.errors import SystemCallFailed, Timeout, Unsupported
+from caisson.agent.base.errors import SystemCallFailed, Timeout, Unsupported, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,4 +92,4 @@ def _spawn(path: str, words: Sequence[str], streams: Sequence[int]) -> int:
             setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # Python ignores them
         )
     except OSError as error:
-        raise SystemCallFailed(f"{path}: {os.strerror(error.errno or 0).lower()}") from error
+        raise SystemCallFailed(f"{path}: {reason(error)}") from error

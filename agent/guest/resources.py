@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-from caisson.agent.base.errors import SystemCallFailed
+from caisson.agent.base.errors import SystemCallFailed, reason
 from caisson.agent.guest.rootdisk import root_disks
 from caisson.agent.libcontainer.cgroups.cpuset import available
 from caisson.agent.libcontainer.config.resources import DeviceRule
@@ -52,4 +50,4 @@ def set_parameters(values: Mapping[str, str]) -> None:
             with open(f"/proc/sys/{path}", "w") as file:  # noqa: PTH123 - no pathlib at start
                 file.write(value)
         except OSError as error:
-            raise SystemCallFailed(f"sysctl {path}={value}: {os.strerror(error.errno or 0).lower()}") from error
+            raise SystemCallFailed(f"sysctl {path}={value}: {reason(error)}") from error

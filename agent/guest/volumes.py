@@ -6,9 +6,8 @@ import os
 import stat
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import InvalidArgument, SystemCallFailed
+from caisson.agent.base.errors import InvalidArgument, SystemCallFailed, reason
 from caisson.agent.base.mountinfo import mount_points
-from caisson.agent.guest.storage.mounts import reason
 from caisson.proto.contract import GUEST_SHARED
 from caisson.proto.record import Record
 

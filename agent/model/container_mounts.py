@@ -15,9 +15,10 @@ import threading
 import time
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import FailedPrecondition, InvalidArgument, NotRunning, SystemCallFailed, Timeout
+from caisson.agent.base.errors import FailedPrecondition, InvalidArgument, NotRunning, SystemCallFailed, Timeout, reason
 from caisson.agent.guest import modules
-from caisson.agent.guest.storage import open_point
+from caisson.agent.guest.storage import MODULES, open_point
+from caisson.agent.guest.storage.storages import POLL_INTERVAL, UNKNOWN_TAG
 from caisson.agent.libcontainer.state import STOPPED
 
 TYPE_CHECKING = False
@@ -27,11 +28,7 @@ if TYPE_CHECKING:
     from caisson.agent.model.container import Container
 
 #: Supported file systems (shares of the host by tag, and tmpfs) with the kernel modules they need.
-KINDS: dict[str, tuple[str, ...]] = {"virtiofs": ("virtiofs",), "9p": ("9pnet_virtio", "9p"), "tmpfs": ()}
-
-#: Errors for a tag that does not exist (yet).
-UNKNOWN_TAG = (errno.EINVAL, errno.ENOENT)
-POLL_INTERVAL = 0.02
+KINDS: dict[str, tuple[str, ...]] = {"virtiofs": MODULES["virtio-fs"], "9p": MODULES["9p"], "tmpfs": ()}
 
 
 class ContainerMounts:
@@ -65,7 +62,7 @@ class ContainerMounts:
                 if error.errno == errno.ENODEV:
                     raise SystemCallFailed(f"Could not mount {source}: the guest's kernel has no {fstype}") from error
                 if error.errno not in UNKNOWN_TAG or fstype == "tmpfs":
-                    raise SystemCallFailed(f"Could not mount {source}: {_why(error)}") from error
+                    raise SystemCallFailed(f"Could not mount {source}: {reason(error)}") from error
                 if time.monotonic() > deadline:
                     raise Timeout(f"Could not mount {source}: no device has this tag") from error
             await asyncio.sleep(POLL_INTERVAL)
@@ -81,7 +78,7 @@ class ContainerMounts:
             await asyncio.to_thread(_inside, container, attach)
         except OSError as error:
             raise SystemCallFailed(
-                f"Could not mount {source} on {mount_point} of {container_id}: {_why(error)}"
+                f"Could not mount {source} on {mount_point} of {container_id}: {reason(error)}"
             ) from error
         finally:
             os.close(made)
@@ -110,14 +107,10 @@ class ContainerMounts:
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOENT):  # already unmounted from inside
                     raise SystemCallFailed(
-                        f"Could not unmount {mount_point} of {container.id}: {_why(error)}"
+                        f"Could not unmount {mount_point} of {container.id}: {reason(error)}"
                     ) from error
             if one in mounted:  # concurrent calls
                 mounted.remove(one)
-
-
-def _why(error: OSError) -> str:
-    return os.strerror(error.errno or 0).lower()
 
 
 def _make(source: str, fstype: str, options: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 
-from caisson.agent.base.errors import InvalidArgument, SystemCallFailed
+from caisson.agent.base.errors import InvalidArgument, SystemCallFailed, reason
 from caisson.agent.guest.storage import mounts
 
 TYPE_CHECKING = False
@@ -44,7 +44,7 @@ def make_ephemeral(storage: Storage) -> None:
     try:
         os.close(mounts.open_point(storage.mount_point, 0o777))
     except OSError as error:
-        why = mounts.reason(error)
+        why = reason(error)
         text = f"Could not create destination mount point: {storage.mount_point}: {why}"
         raise SystemCallFailed(text) from error
     mounts.mount(storage.but(source=storage.source or storage.fstype, options=_without_group(storage.options)))
@@ -78,7 +78,7 @@ def _set_group(storage: Storage) -> None:
         finally:
             os.close(root)
     except OSError as error:
-        raise SystemCallFailed(f"Could not set the group of {storage.mount_point}: {mounts.reason(error)}") from error
+        raise SystemCallFailed(f"Could not set the group of {storage.mount_point}: {reason(error)}") from error
 
 
 def _reserve_huge_pages(storage: Storage) -> None:
@@ -94,6 +94,6 @@ def _reserve_huge_pages(storage: Storage) -> None:
             pages.seek(0)
             got = int(pages.read())
     except OSError as error:
-        raise SystemCallFailed(f"{file}: {mounts.reason(error)}") from error
+        raise SystemCallFailed(f"{file}: {reason(error)}") from error
     if got < wanted:  # the write succeeds regardless of how many were found
         raise SystemCallFailed(f"{file}: only {got} of {wanted} huge pages; give the guest more memory")

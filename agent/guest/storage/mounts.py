@@ -10,7 +10,7 @@ import os
 import stat
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import MissingArgument, SystemCallFailed
+from caisson.agent.base.errors import MissingArgument, SystemCallFailed, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -161,8 +161,3 @@ def parse_options(options: Sequence[str]) -> tuple[int, list[int], str]:
 def option(options: Sequence[str], name: str) -> str:
     """Return the value of the option NAME=VALUE, empty if missing."""
     return next((one.partition("=")[2] for one in options if one.partition("=")[0] == name), "")
-
-
-def reason(error: OSError) -> str:
-    """Describe why a system call failed, for use within a sentence."""
-    return os.strerror(error.errno or 0).lower()

@@ -10,8 +10,8 @@ import os
 import stat
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import SystemCallFailed
-from caisson.agent.guest.storage.mounts import open_point, reason
+from caisson.agent.base.errors import SystemCallFailed, reason
+from caisson.agent.guest.storage.mounts import open_point
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

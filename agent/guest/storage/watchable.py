@@ -14,7 +14,7 @@ import stat
 import threading
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import SystemCallFailed
+from caisson.agent.base.errors import SystemCallFailed, reason
 from caisson.agent.guest.storage import mounts
 
 TYPE_CHECKING = False
@@ -70,7 +70,7 @@ class Watched:
                 mounts.make_directory(self._target)
             self._update_or_bind()
         except OSError as error:
-            raise SystemCallFailed(f"Could not copy {self._source}: {mounts.reason(error)}") from error
+            raise SystemCallFailed(f"Could not copy {self._source}: {reason(error)}") from error
 
     async def _watch(self) -> None:
         while not self._bound:
