@@ -46,8 +46,7 @@ TASK_VERSION = "v3"
 class TaskService:
     """The containers of a pod.  Versions 2 and 3 of the service have the same messages on the wire.
 
-    containerd closes the connection when its client gives up: what mounts, starts a VM or ends a container runs to
-    completion.
+    containerd closes the connection when its client gives up: what changes a pod runs to completion.
     """
 
     def __init__(
@@ -304,6 +303,7 @@ class TaskService:
         self._container(request.id)
         return task_v2_pb2.PidsResponse(processes=[tasks_pb2.ProcessInfo(pid=self._pid)])
 
+    @runs_to_completion
     async def Pause(self, request: Any) -> Any:
         container = self._container(request.id)
         await self._rpc.PauseContainer(agent_pb2.PauseContainerRequest(container_id=request.id), timeout=CALL_TIMEOUT)
@@ -311,6 +311,7 @@ class TaskService:
         self._publisher.publish(events_pb2.TaskPaused(container_id=request.id))
         return Empty()
 
+    @runs_to_completion
     async def Resume(self, request: Any) -> Any:
         container = self._container(request.id)
         await self._rpc.ResumeContainer(agent_pb2.ResumeContainerRequest(container_id=request.id), timeout=CALL_TIMEOUT)

@@ -199,17 +199,31 @@ async def test_simultaneous_kills_of_what_was_only_created_publish_one_exit(fake
     assert fake.topics("c1") == ["create", "exit", "delete"]
 
 
+async def hang_up(task: Task, method: str, request: Any, milliseconds: int) -> None:
+    """Call a method as a client that soon gives up: containerd closes the connection."""
+    client = await Client.connect(task.address.removeprefix("unix://"))
+    call = asyncio.ensure_future(client.call("containerd.task.v3.Task", method, request.SerializeToString()))
+    await asyncio.wait([call], timeout=milliseconds / 1000)
+    await client.close()
+    await asyncio.gather(call, return_exceptions=True)
+
+
+async def test_a_pause_that_nobody_waits_for_is_known(fake: FakeContainerd) -> None:
+    task = await fake.run("c1", *SLEEP)
+    for milliseconds in range(1, 12):
+        await hang_up(task, "Pause", task_v3_pb2.PauseRequest(id="c1"), milliseconds)
+        with contextlib.suppress(RpcError):
+            await task.call("Pause")
+        assert await status(task) == PAUSED
+        await task.call("Resume")
+    await task.end()
+
+
 @pytest.mark.parametrize("milliseconds", range(3, 9))
 async def test_a_kill_that_nobody_waits_for_is_whole(fake: FakeContainerd, milliseconds: int) -> None:
     task = await fake.start("c1", *SLEEP)
     await task.create()
-    client = await Client.connect(task.address.removeprefix("unix://"))
-    request = task_v3_pb2.KillRequest(id="c1", signal=9).SerializeToString()
-    kill = asyncio.ensure_future(client.call("containerd.task.v3.Task", "Kill", request))
-    await asyncio.wait([kill], timeout=milliseconds / 1000)
-    await client.close()
-    with contextlib.suppress(RpcError):
-        await kill
+    await hang_up(task, "Kill", task_v3_pb2.KillRequest(id="c1", signal=9), milliseconds)
     with contextlib.suppress(RpcError):
         await task.call("Kill", signal=9)
     async with asyncio.timeout(10):
