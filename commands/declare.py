@@ -149,7 +149,7 @@ def seconds(low: float = 0, high: float = 86400 * 365) -> Kind:
         except BadValue:
             raise BadValue("is not a time; for example 30, 0.5 or 5m (without a unit: seconds)") from None
         if not low <= time <= high:
-            raise BadValue(f"is out of range; give {low:g} to {high:g} seconds")
+            raise BadValue(f"is out of range; give {low:g} to {high:.0f} seconds")
         return time
 
     return Kind("SECONDS", read, "30")

@@ -21,7 +21,7 @@ from caisson.commands.machines import find_or_boot_vm
 from caisson.commands.streams import info, print_table, reporter
 from caisson.image.build.cache import Cache, default_root
 from caisson.image.containers import store
-from caisson.image.containers.oci import pack_image
+from caisson.image.containers.oci import find_image, pack_image
 from caisson.image.programs import TO_PACK, require
 from caisson.image.vm import RunningVM, VMError
 from caisson.image.vm.hotplug import share as sharing
@@ -55,6 +55,7 @@ def run(
     shared = [_parse_volume(one) for one in volume]
     settings = [*(setting for file in env_file for setting in run_specs.env_file(file)), *env]
     require(TO_PACK, info)
+    find_image(path, tag)  # before a VM is booted for it
     vm_name = name or ("default" if detach else "")
     with find_or_boot_vm(vm_name, reporter(verbose), network=network, publish=publish) as vm:
         registry = container_registry(vm)

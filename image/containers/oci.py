@@ -106,6 +106,31 @@ def pack_image(
         yield image
 
 
+def find_image(source: str, tag: str = "", cache: Cache | None = None) -> tuple[Path | store.Stored | str, str]:
+    """Find the image that a source names, and its tag: a path, with a transport or a tag; a stored one; or the name of
+    one to be pulled.  Raises ImageError.
+    """
+    kind, colon, rest = source.partition(":")
+    if source.startswith("docker:/"):
+        source = rest.lstrip("/")
+    else:
+        if colon and kind in TRANSPORTS and not Path(source).exists():
+            source = rest
+        if Path(source).exists():
+            return Path(source), tag
+        for separator in reversed([*re.finditer("@(?=sha256:)|:", source)]):  # a name may have a port and a tag
+            path = Path(source[: separator.start()])
+            if path.exists():
+                return path, tag or source[separator.end() :]
+        if (stored := store.find(cache or Cache(default_root()), source)) is not None:
+            return stored, tag
+        if source.startswith(("/", "./", "../")) or not store.NAME.fullmatch(source) or kind in TRANSPORTS:
+            raise ImageError(f"{source}: no such image; name a file, a directory, or a stored image")
+    if which("skopeo") is None:
+        raise ImageError(f"{source}: no file or stored image of this name; to pull it: sudo apt-get install skopeo")
+    return source, ""
+
+
 class _Packer:
     def __init__(
         self,
@@ -127,7 +152,9 @@ class _Packer:
         self._progress = _Progress(source, report)
 
     def pack(self) -> Packed:
-        place = self._find_image()
+        place, self._tag = find_image(self._source, self._tag, self._cache)
+        if isinstance(place, str):
+            place = self._pull(place)
         if isinstance(place, store.Stored):
             return Packed(place.disk, place.id, Config(**place.config))
         if not place.is_dir():
@@ -145,35 +172,11 @@ class _Packer:
             raise ImageError(f"{place}: not an image; expected {kinds} (which has one of {', '.join(ROOT_MARKS)})")
         return Packed(self._packed_directory(place), "", Config())
 
-    def _find_image(self) -> Path | store.Stored:
-        """Find the image that a source names: by its transport, as a path, PATH:TAG, or a name."""
-        source = self._source
-        if source.startswith("docker:/"):
-            return self._pull(source.removeprefix("docker:").lstrip("/"))
-        kind, colon, rest = source.partition(":")
-        if colon and kind in TRANSPORTS and not Path(source).exists():
-            source = rest
-        if Path(source).exists():
-            return Path(source)
-        for separator in reversed([*re.finditer("@(?=sha256:)|:", source)]):  # a name may have a port and a tag
-            path = Path(source[: separator.start()])
-            if path.exists():
-                self._tag = self._tag or source[separator.end() :]
-                return path
-        if (stored := store.find(self._cache, source)) is not None:
-            return stored
-        if source.startswith(("/", "./", "../")) or not store.NAME.fullmatch(source) or kind in TRANSPORTS:
-            raise ImageError(f"{source}: no such image; name a file, a directory, or a stored image")
-        return self._pull(source)
-
     def _pull(self, name: str) -> Path:
-        if which("skopeo") is None:
-            raise ImageError(f"{name}: no file or stored image of this name; to pull it: sudo apt-get install skopeo")
         self._report(f"pulling {name}")
         layout = self._scratch / "pulled"
         platform = ["--override-os", "linux", "--override-arch", self._architecture]
         run(["skopeo", *platform, "copy", "--quiet", f"docker://{name}", f"oci:{layout}:{name}"])
-        self._tag = ""
         return layout
 
     def _archive(self, path: Path) -> Packed:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from caisson.commands import run
+from caisson.commands.catalogue import GROUPS
+from caisson.commands.main import CommandLine
 from caisson.image.build.cache import Cache
 from caisson.image.containers import oci
 from caisson.image.containers.oci import pack_image
@@ -76,6 +78,15 @@ def test_what_an_interrupted_removal_leaves_is_swept(
     assert images(cache) == []
     cache.trim(1 << 40)
     assert list((cache.root / "containers").iterdir()) == []
+
+
+def test_no_vm_is_booted_for_an_image_that_does_not_exist(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "find_or_boot_vm", lambda *_, **__: pytest.fail("boots a VM"))
+    assert CommandLine(GROUPS).run(["run", f"{tmp_path}/missing.tar"]) == 125
+    expected = f"caisson: {tmp_path}/missing.tar: no such image; name a file, a directory, or a stored image\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_what_takes_longer_says_how_far_it_is(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,7 @@ def test_a_vms_name_is_a_word_or_an_option() -> None:
         (BOOT_VM, ["--memory", "9" * 5000], f"--memory {'9' * 5000}: is not a size; for example 512M or 2G"),
         (BOOT_VM, ["--cpus", "1e3"], "--cpus 1e3: is not a whole number; give 1 to 255"),
         (BOOT_VM, ["--cpus", "256"], "--cpus 256: is out of range; give 1 to 255"),
+        (COMMANDS["prune"], ["--older", "-1"], "--older -1: is out of range; give 0 to 31536000 seconds"),
         (BOOT_VM, ["--accel", "hvf"], "--accel hvf: is unknown; give auto, kvm or tcg"),
         (BOOT_VM, ["--detach=yes"], "--detach: takes no value; write --detach alone"),
         (BOOT_VM, ["--image", "--detach"], "--image: a value is missing before --detach"),
