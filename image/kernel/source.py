@@ -75,11 +75,11 @@ class SourceTree:
     place: Path
 
     def key(self) -> str:
-        """Return a digest of the newest change of any file: reading a gigabyte would take too long."""
+        """Return the time of the newest change of any file or directory: reading a gigabyte would take too long."""
         newest = 0
         for directory, names, files in os.walk(self.place):
             names[:] = [name for name in names if name != ".git"]
-            for name in files:
+            for name in (*files, "."):  # a file that is removed, or comes with an older time, changes its directory
                 newest = max(newest, os.lstat(os.path.join(directory, name)).st_mtime_ns)  # noqa: PTH118
         return f"{self.place}@{newest}"
 

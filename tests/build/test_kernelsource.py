@@ -153,3 +153,13 @@ def test_a_tree_is_known_by_its_newest_file(tmp_path: Path) -> None:
     assert SourceTree(tmp_path).key() == before
     os.utime(tmp_path / "Kconfig", (2**31, 2**31))
     assert SourceTree(tmp_path).key() != before
+
+
+def test_a_tree_without_one_of_its_files_is_another(tmp_path: Path) -> None:
+    for name in ("Kconfig", "Makefile"):
+        (tmp_path / name).touch()
+    for place in (*tmp_path.iterdir(), tmp_path):
+        os.utime(place, (0, 0))
+    before = SourceTree(tmp_path).key()
+    (tmp_path / "Makefile").unlink()
+    assert SourceTree(tmp_path).key() != before
