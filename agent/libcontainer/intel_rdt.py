@@ -46,7 +46,7 @@ def from_json(value: object, where: str = WHERE) -> IntelRdt:
 
 def mounted(mountinfo: str = PATH) -> str | None:
     """Return the mount point of resctrl; None if it is not mounted."""
-    return next((point for point, fstype, _ in mounts(mountinfo) if fstype == "resctrl"), None)
+    return next((point for point, fstype, *_ in mounts(mountinfo) if fstype == "resctrl"), None)
 
 
 class ResctrlGroup:

@@ -22,7 +22,7 @@ from caisson.agent.shim.cgroup import CgroupError
 from caisson.agent.shim.errors import ShimError
 from caisson.agent.shim.portforward import PortForwarder
 from caisson.agent.shim.rootdisks import RootDisks
-from caisson.agent.shim.spec import shares_pid_namespace
+from caisson.agent.shim.spec import shares_pid_namespace, shm_size
 from caisson.proto.contract import GUEST_SHARED, GUEST_SHM
 from caisson.proto.kata3 import agent_pb2
 
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from caisson.agent.base.log import Log
     from caisson.agent.pods.machines import PodMachine
     from caisson.agent.shim.host import PodHost
-
-#: Bytes of /dev/shm in a pod's guest.
-SHM_SIZE = 64 << 20
 
 #: Bytes of a hook's error output that become part of an error.
 MAX_HOOK_ERROR = 800
@@ -113,7 +110,7 @@ class Pod:
             agent_pb2.Storage(driver="virtio-fs", source=SHARE_TAG, fstype="virtiofs", mount_point=GUEST_SHARED),
             agent_pb2.Storage(
                 driver="ephemeral", source="shm", fstype="tmpfs", mount_point=GUEST_SHM,
-                options=["noexec", "nosuid", "nodev", "mode=1777", f"size={SHM_SIZE}"],
+                options=["noexec", "nosuid", "nodev", "mode=1777", f"size={shm_size(document)}"],
             ),
         ]  # fmt: skip
         request = agent_pb2.CreateSandboxRequest(

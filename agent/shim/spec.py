@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.base.mountinfo import mount_points
+from caisson.agent.base.mountinfo import mount_points, mounts
 from caisson.agent.shim.launch import group_in
 from caisson.proto.contract import GUEST_SHARED, GUEST_SHM
 from caisson.proto.from_json import fill
@@ -37,6 +37,9 @@ COMMON_DEVICES = {
     os.makedev(1, minor): f"/dev/{name}"
     for minor, name in ((3, "null"), (5, "zero"), (7, "full"), (8, "random"), (9, "urandom"))
 }
+
+#: Bytes of a pod's shared memory, if the engine has made none.
+SHM_SIZE = 64 << 20
 
 #: Namespaces of a container's own; the agent decides about pid.
 OWN_NAMESPACES = ("mount", "ipc", "uts", "cgroup")
@@ -74,19 +77,12 @@ def guest_spec(document: dict[str, Any], container_id: str) -> GuestSpec:
     document["root"] = {"path": f"{GUEST_SHARED}/{container_id}/rootfs", "readonly": bool(root.get("readonly"))}
     volumes: list[Volume] = []
     document["mounts"] = [
-        mount
-        for asked in document.get("mounts") or ()
-        if _is_wanted(asked)
-        for mount in _mounts(asked, container_id, volumes)
+        mount for asked in document.get("mounts") or () for mount in _mounts(asked, container_id, volumes)
     ]
     if group_in(document) in ("", container_id):
         _refuse_other_containers(document.get("linux") or {})
     _rewrite_linux(document.get("linux") or {})
     return GuestSpec(document, tuple(volumes))
-
-
-def _is_wanted(mount: dict[str, Any]) -> bool:
-    return not (mount.get("type") == "bind" and mount.get("source") == "/sys/fs/cgroup")
 
 
 def _mounts(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> list[dict[str, Any]]:
@@ -95,8 +91,11 @@ def _mounts(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> 
     if mount.get("type") != "bind" and not {"bind", "rbind"} & set(options):
         return [mount]
     source, destination = str(mount.get("source", "")), str(mount.get("destination", ""))
-    if destination == "/dev/shm":
+    if _is_shm(mount):
         return [{**mount, "source": GUEST_SHM}]
+    if source == "/sys/fs/cgroup":  # the host's: the container's own is in the guest
+        kept = [option for option in options if option not in ("bind", "rbind")]
+        return [{**mount, "type": "cgroup", "source": "cgroup", "options": kept}]
     try:
         status = Path(source).stat()
     except OSError as error:
@@ -119,6 +118,23 @@ def _mounts(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> 
         place = {"destination": f"{destination}/{below}", "type": "bind", "source": f"{source}/{below}"}
         made += _mounts({**place, "options": again}, container_id, volumes)
     return made
+
+
+def _is_shm(mount: dict[str, Any]) -> bool:
+    """Return whether it is the shared memory that engines make for a pod, and name so; it might be a volume."""
+    source = str(mount.get("source", ""))
+    return mount.get("destination") == "/dev/shm" and any(
+        (point, name) == (os.path.realpath(source), "shm") for point, _, name, _ in mounts()
+    )
+
+
+def shm_size(document: dict[str, Any]) -> int:
+    """Return the bytes of a pod's shared memory."""
+    for mount in document.get("mounts") or ():
+        if _is_shm(mount):
+            status = os.statvfs(mount["source"])
+            return status.f_blocks * status.f_frsize
+    return SHM_SIZE
 
 
 def _submounts(source: str) -> list[str]:

@@ -173,6 +173,14 @@ def test_volumes_and_a_published_port(docker: Engine) -> None:
         docker.docker("network", "rm", "pods")
 
 
+def test_shared_memory_has_the_size_asked_for_or_is_a_volume(docker: Engine) -> None:
+    for options in (["--shm-size", "3m"], ["--ipc", "shareable", "--shm-size", "3m"]):
+        both(docker, *options, "busybox", "df", "/dev/shm")
+    (docker.place / "shm").mkdir()
+    (docker.place / "shm/file").touch()
+    assert both(docker, "--volume", f"{docker.place}/shm:/dev/shm", "busybox", "ls", "/dev/shm").stdout == b"file\n"
+
+
 def test_a_networks_name_server_is_told_in_full(docker: Engine) -> None:
     assert docker.docker("network", "create", "named").returncode == 0
     words = ["--network", "named", "--dns-search", "a.example", "busybox", "cat", "/etc/resolv.conf"]

@@ -19,6 +19,7 @@ from caisson.agent.pods.machines import MachineError
 from caisson.agent.pods.network import NetworkError, links
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.responses import RpcError
+from caisson.agent.shim import spec as shim_spec
 from caisson.agent.shim.dns import rewritten
 from caisson.agent.shim.errors import ShimError, status_of
 from caisson.agent.shim.events import Publisher
@@ -112,8 +113,9 @@ def test_the_guests_spec_has_nothing_of_the_host() -> None:
     assert "mountLabel" not in made["linux"]
 
 
-def test_bind_mounts_become_volumes_of_the_share(tmp_path: Path) -> None:
+def test_bind_mounts_become_volumes_of_the_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hosts").touch()
+    monkeypatch.setattr(shim_spec, "mounts", lambda: [("/run/somewhere", "tmpfs", "shm", "rw")])
     document = spec()
     document["mounts"] = [
         {"destination": "/etc/hosts", "type": "bind", "source": str(tmp_path / "hosts"), "options": ["rbind", "ro"]},
@@ -125,6 +127,8 @@ def test_bind_mounts_become_volumes_of_the_share(tmp_path: Path) -> None:
     sources = [mount["source"] for mount in made.document["mounts"]]
     assert sources == [f"{GUEST_SHARED}/c1/volume0", GUEST_SHM, "proc"]
     assert document["mounts"][0]["source"] == str(tmp_path / "hosts"), "the host's own must be unchanged"
+    document["mounts"][1]["source"] = str(tmp_path)  # a volume at the place of the shared memory
+    assert [one.destination for one in guest_spec(document, "c1").volumes] == ["/etc/hosts", "/dev/shm"]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +215,13 @@ def test_devices_that_every_kernel_has_are_the_guests_own() -> None:
     assert made.document["mounts"] == [{**bind, "source": "/dev/null", "options": ["rbind", "ro", "rprivate"]}]
     with pytest.raises(UnsupportedSpec, match="a device of the host cannot be shared"):
         guest_spec(spec() | {"mounts": [{**bind, "source": "/dev/tty"}]}, "c1")
+
+
+def test_the_hosts_cgroups_are_the_containers_own() -> None:
+    bind = {"type": "bind", "source": "/sys/fs/cgroup", "destination": "/sys/fs/cgroup", "options": ["rbind", "ro"]}
+    made = guest_spec(spec() | {"mounts": [bind]}, "c1")
+    assert made.document["mounts"] == [{**bind, "type": "cgroup", "source": "cgroup", "options": ["ro"]}]
+    assert not made.volumes
 
 
 def test_a_socket_of_the_host_is_no_volume(tmp_path: Path) -> None:

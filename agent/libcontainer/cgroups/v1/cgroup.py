@@ -71,7 +71,7 @@ class HierarchyV1(Hierarchy):
         cgroups are created below the cgroup `parent`, which is created with the first and removed with the last.
         """
         roots: dict[str, str] = {}
-        for point, fstype, text in mounts(mountinfo):
+        for point, fstype, _, text in mounts(mountinfo):
             if every and fstype == "cgroup2":
                 roots.setdefault("", point)
             if fstype != "cgroup":

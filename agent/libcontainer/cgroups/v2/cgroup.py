@@ -60,7 +60,7 @@ class HierarchyV2(Hierarchy):
 
         All cgroups are created below the cgroup `parent`, which is created with the first and removed with the last.
         """
-        for point, fstype, _ in mounts(mountinfo):
+        for point, fstype, *_ in mounts(mountinfo):
             if fstype == "cgroup2":
                 return cls(point, parent, waits, bounded=bounded)
         return None
