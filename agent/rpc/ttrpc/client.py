@@ -37,13 +37,7 @@ class Client(asyncio.Protocol):
     @classmethod
     async def connect(cls, path: str | os.PathLike[str]) -> Self:
         """Connect to a Unix socket.  Raises OSError."""
-        connected = await connect_unix(path)
-        try:
-            _, client = await asyncio.get_running_loop().create_unix_connection(cls, sock=connected)
-            return client
-        except BaseException:
-            connected.close()
-            raise
+        return await cls.over(await connect_unix(path))
 
     @classmethod
     async def over(cls, connected: socket.socket) -> Self:

@@ -70,12 +70,11 @@ class HierarchyV2(Hierarchy):
 
         Raises CgroupError, also if it is in use.
         """
-        parts = parts_of(path)
-        parent = _own_parent() if below_own else self._parent
+        directory = self.place(path, below_own=below_own)[""]
         at = self.root
         made: list[str] = []
         try:
-            for part in [*(part for part in parent.split("/") if part), *parts]:
+            for part in directory.removeprefix(f"{at}/").split("/"):
                 _enable_controllers(at)
                 at = f"{at}/{part}"
                 try:
