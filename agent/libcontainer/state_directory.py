@@ -29,7 +29,7 @@ class ContainerLock:
         self._fd = -1
         while True:
             try:
-                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:
                 raise DoesNotExist from None
             try:
@@ -59,21 +59,24 @@ def list_ids(root: str) -> list[str]:
 
 
 def remove_directory(directory: str) -> None:
-    """Remove a container's directory and its contents, if it exists.  Raises OSError."""
-    for place, directories, names in os.walk(directory, topdown=False):
-        for name in names:
-            _unlink(f"{place}/{name}")
-            faults.reach("delete_file")
-        for name in directories:
-            os.rmdir(f"{place}/{name}")  # noqa: PTH106 - no pathlib at start
+    """Remove a container's directory and its contents, if it exists; never follows a link.  Raises OSError."""
     try:
+        for _, directories, names, place in os.fwalk(directory, topdown=False):
+            for name in names:
+                _unlink(name, place)
+                faults.reach("delete_file")
+            for name in directories:
+                try:
+                    os.rmdir(name, dir_fd=place)
+                except NotADirectoryError:
+                    _unlink(name, place)  # a link to one
         os.rmdir(directory)  # noqa: PTH106 - no pathlib at start
     except FileNotFoundError:
         pass
 
 
-def _unlink(path: str) -> None:
+def _unlink(name: str, directory: int) -> None:
     try:
-        os.unlink(path)  # noqa: PTH108 - no pathlib at start
+        os.unlink(name, dir_fd=directory)
     except FileNotFoundError:
         pass

@@ -167,8 +167,8 @@ def detach(place: str) -> None:
 
 
 def _remove_empty(directory: Path) -> None:
-    """Remove directories and empty files, without descending into mounts."""
-    if not directory.is_dir() or mount_points(str(directory)):
+    """Remove directories and empty files, without descending into mounts or through links."""
+    if directory.is_symlink() or not directory.is_dir() or mount_points(str(directory)):
         return
     for parent, directories, files in os.walk(directory, topdown=False):
         for name in files:

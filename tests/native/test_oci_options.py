@@ -265,6 +265,21 @@ def test_delete_of_a_half_made_state(oci: Oci) -> None:
     assert not (oci.root / NAME).exists()
 
 
+def test_delete_follows_no_link_in_place_of_a_state_or_in_it(oci: Oci, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (other / "sub").mkdir(parents=True)
+    (other / "sub/kept").touch()
+    (oci.root / NAME).mkdir(parents=True)
+    (oci.root / NAME / "link").symlink_to(other)
+    (oci.root / "link").symlink_to(other)
+    oci.ok("delete", "--force", NAME)
+    assert not (oci.root / NAME).exists()
+    refused = oci("delete", "--force", "link")
+    (oci.root / "link").unlink()
+    assert (refused.status, refused.message) == (1, f"{oci.root}/link: not a directory")
+    assert (other / "sub/kept").exists()
+
+
 def test_a_state_that_cannot_be_read_hides_no_other_and_is_not_lost(oci: Oci, sleeper: Path) -> None:
     oci.running(sleeper, NAME)
     edit(sleeper, lambda value: value["linux"].update(cgroupsPath=f"/{NAME}-other"))
