@@ -64,8 +64,15 @@ def test_a_disk_to_write_to_may_be_of_any_size(vm: Callable[..., VM]) -> None:
         assert qemu is not None and ours is not None and qemu[0] == ours[0]
 
 
+def mount_points(pid: int | str, flag: str) -> set[str]:
+    """Return the points of the mounts that a process sees and whose options begin with a flag: rw, ro, or any."""
+    lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+    return {line.split()[4] for line in lines if line.split()[5].startswith(flag)}
+
+
 @as_root
 def test_what_root_starts_keeps_no_more_than_it_needs(vm: Callable[..., VM], tmp_path: Path) -> None:
+    before = mount_points("self", "")
     with vm() as started:
         pids = started.info["pids"]
         network_admin, system_module, system_ptrace = 12, 16, 19
@@ -75,9 +82,8 @@ def test_what_root_starts_keeps_no_more_than_it_needs(vm: Callable[..., VM], tmp
             assert status(pids[name])["NoNewPrivs"] == "1", name
         for name in ("qemu", "vsock"):
             assert Path(f"/proc/{pids[name]}/ns/mnt").readlink() != Path("/proc/self/ns/mnt").readlink()
-            mounts = Path(f"/proc/{pids[name]}/mountinfo").read_text().splitlines()
-            writable = [line.split()[4] for line in mounts if line.split()[5].startswith("rw")]
-            assert writable == [str(started.directory)], name
+            later = mount_points("self", "") - before
+            assert mount_points(pids[name], "rw") - later == {str(started.directory)}, name
     nothing_left(tmp_path / "r")
 
 
@@ -85,9 +91,10 @@ def test_what_root_starts_keeps_no_more_than_it_needs(vm: Callable[..., VM], tmp
 def test_a_writable_share_is_the_only_other_place_to_write_to(vm: Callable[..., VM], tmp_path: Path) -> None:
     for name in ("rw", "ro"):
         (tmp_path / name).mkdir()
+    before = mount_points("self", "")
     with vm(shares={"one": (str(tmp_path / "rw"), True), "two": (str(tmp_path / "ro"), False)}) as started:
-        mounts = Path(f"/proc/{started.info['pids']['qemu']}/mountinfo").read_text().splitlines()
-        writable = {line.split()[4] for line in mounts if line.split()[5].startswith("rw")}
+        later = mount_points("self", "") - before  # of other processes
+        writable = mount_points(started.info["pids"]["qemu"], "rw") - later
         assert writable == {str(started.directory), str(tmp_path / "rw")}
 
 
