@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 # syscall numbers; those above 423 are the same on all architectures (the others: x86_64, aarch64)
 _MACHINE = os.uname().machine
 _NUMBERS = {
-    "x86_64": {"bpf": 321, "finit_module": 313, "sched_setattr": 314, "statx": 332},
-    "aarch64": {"bpf": 280, "finit_module": 273, "sched_setattr": 274, "statx": 291},
+    "x86_64": {"bpf": 321, "finit_module": 313, "pivot_root": 155, "sched_setattr": 314, "statx": 332},
+    "aarch64": {"bpf": 280, "finit_module": 273, "pivot_root": 41, "sched_setattr": 274, "statx": 291},
 }  # fmt: skip
 RT_SIGTIMEDWAIT = {"x86_64": 128, "aarch64": 137}.get(_MACHINE, -1)
-_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _PIDFD_GETFD = 429, 430, 431, 432, 437, 438
+_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 428, 429, 430, 431, 432
+_OPENAT2, _PIDFD_GETFD = 437, 438
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x1, 0x2, 0x4, 0x8
 MS_REMOUNT, MS_NOATIME, MS_BIND, MS_MOVE, MS_REC = 0x20, 0x400, 0x1000, 0x2000, 0x4000
@@ -109,6 +110,11 @@ def swapon(path: str | os.PathLike[str], flags: int = 0) -> None:
     _check(_libc().swapon(_bytes(path), flags), os.fspath(path))
 
 
+def pivot_root(new: str, old: str) -> None:
+    """Change the root of the processes in this mount namespace: pivot_root(2).  Raises OSError."""
+    _check(_libc().syscall(_number("pivot_root"), new.encode(), old.encode()), "pivot_root")
+
+
 def finit_module(fd: int, parameters: str = "") -> None:
     """Load a kernel module from an open file: finit_module(2).  Raises OSError."""
     result = _libc().syscall(_number("finit_module"), fd, parameters.encode(), 0)
@@ -158,6 +164,12 @@ def fsconfig(fd: int, key: str = "", value: str | None = None) -> None:
 def fsmount(fd: int, attributes: int = 0) -> int:
     """Create a detached mount of a file system context, close-on-exec: fsmount(2).  Raises OSError."""
     return _check(_libc().syscall(_FSMOUNT, fd, 1, attributes), "fsmount")
+
+
+def open_tree(path: str | os.PathLike[str]) -> int:
+    """Clone the mounts at and below a directory, close-on-exec: open_tree(2).  Raises OSError."""
+    flags = 1 | 0x8000 | os.O_CLOEXEC  # OPEN_TREE_CLONE, AT_RECURSIVE
+    return _check(_libc().syscall(_OPEN_TREE, -100, _bytes(path), flags), os.fspath(path))
 
 
 def move_mount(mount_fd: int, point_fd: int) -> None:

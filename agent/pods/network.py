@@ -73,55 +73,6 @@ class PodNeighbour(Record):
     device: str
 
 
-class Holder:
-    """A process in a network namespace that containerd and docker take for the container's.
-
-    It exits with this process, which keeps the namespace.
-    """
-
-    def __init__(self, namespace: str = "") -> None:
-        """Start to join the namespace at a path, or to create one; `open` completes it."""
-        self._named = namespace
-        words = ["nsenter", f"--net={namespace}"] if namespace else ["unshare", "--net"]
-        words += ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", "echo; exec cat"]
-        self._process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        self._fd = -1
-
-    def open(self) -> None:
-        """Wait until the process is in the namespace.  Raises NetworkError."""
-        assert self._process.stdout is not None
-        with self._process.stdout as ready:
-            if ready.read(1) != b"\n":
-                self.close()
-                raise NetworkError(f"network namespace {self._named or '(new)'}: cannot be joined")
-        self._fd = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def namespace(self) -> str:
-        """The path of the namespace, which outlives the process."""
-        return f"/proc/{os.getpid()}/fd/{self._fd}"
-
-    def end(self) -> None:
-        """End the process, and keep the namespace.  Idempotent."""
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-
-    def close(self) -> None:
-        """End the process, and close the namespace.  Idempotent."""
-        self.end()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
 def links(namespace: str) -> list[Link]:
     """Return the interfaces of a namespace except lo.
 

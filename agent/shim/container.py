@@ -84,6 +84,8 @@ class Container:
             await asyncio.to_thread(
                 mounts.mount_rootfs, request.rootfs, self.bundle.path / "rootfs", place / "rootfs", root
             )
+            if self.owner:
+                await pod.show_root(place / "rootfs")
         await asyncio.to_thread(mounts.bind_volumes, self._with_own_resolv_conf(wanted.volumes), place)
         await self.init.open()
         create = agent_pb2.CreateContainerRequest(

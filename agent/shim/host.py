@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.pods import network
+from caisson.agent.pods.holder import Holder
 from caisson.agent.pods.machines import SHARE_TAG, MachineError, machine_name
 from caisson.agent.shim import cgroup, mounts
 from caisson.agent.shim.bundle import SANDBOX_MEMORY, BundleRecord, ProcessId, TaskBundle
@@ -44,7 +44,7 @@ class PodHost:
         self.name = machine_name(namespace, sandbox_id)
         self.directory = PODS / self.name
         self.machine: PodMachine | None = None
-        self.holder: network.Holder | None = None
+        self.holder: Holder | None = None
         self._cgroup: HostCgroup | None = None
         self._machines = machines
         self._starting: threading.Thread | None = None
@@ -88,9 +88,9 @@ class PodHost:
         assert self.machine is not None
         return self.machine
 
-    def _prepare(self, document: dict[str, Any], bundle: TaskBundle) -> network.Holder:
+    def _prepare(self, document: dict[str, Any], bundle: TaskBundle) -> Holder:
         self._cgroups = cgroup.planned(document)
-        self.holder = network.Holder(network_namespace(document))
+        self.holder = Holder(network_namespace(document))
         try:
             self._holder_id = ProcessId.of(self.holder.pid)
         except ProcessLookupError:

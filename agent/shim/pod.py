@@ -29,6 +29,7 @@ from caisson.proto.kata3 import agent_pb2
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.base.log import Log
+    from caisson.agent.pods.holder import Holder
     from caisson.agent.pods.machines import PodMachine
     from caisson.agent.shim.host import PodHost
 
@@ -70,7 +71,7 @@ class Pod:
         return self._host.machine
 
     @property
-    def _holder(self) -> network.Holder:
+    def _holder(self) -> Holder:
         assert self._host.holder is not None
         return self._host.holder
 
@@ -160,6 +161,10 @@ class Pod:
             self._forwarder = await PortForwarder.start(self._holder.namespace, addresses[0])
         except network.NetworkError as error:
             self._log("warning", "ports of this pod cannot be forwarded", error=str(error))
+
+    async def show_root(self, directory: Path) -> None:
+        """Let clients reach a container's files by /proc/PID/root of `pid`.  Raises OSError."""
+        await asyncio.to_thread(self._holder.change_root, directory)
 
     async def end_holder(self) -> None:
         """End the process that clients take for the containers', once the last of them has exited."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from caisson.agent.pods.guest import GuestNetwork
-from caisson.agent.pods.network import Holder
+from caisson.agent.pods.holder import Holder
 from caisson.agent.rpc.ttrpc.client import Client, Stub
 from caisson.proto.kata3 import agent_pb2
 from tests.native.agent_support import RunningAgent

@@ -16,7 +16,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.pods.network import Holder, inside, run
+from caisson.agent.pods.holder import Holder
+from caisson.agent.pods.network import inside, run
 from tests.shim.engine import COMMAND_TIMEOUT, await_answer, environment_of, rootfs, unmount
 
 PACKAGES = ("containerd", "containernetworking-plugins")

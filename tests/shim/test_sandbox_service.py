@@ -54,6 +54,7 @@ async def test_a_sandbox_outlives_its_containers(fake: FakeContainerd, tmp_path:
     await rpc.CreateSandbox(request_of(CONFIG, bundle))
     started = await rpc.StartSandbox(sandbox_pb2.StartSandboxRequest(sandbox_id=POD))
     assert Path(f"/proc/{started.pid}/ns/net").exists() and started.created_at.seconds
+    assert list(Path(f"/proc/{started.pid}/root").iterdir()) == [], "nothing of the host"
     platform = (await rpc.Platform(sandbox_pb2.PlatformRequest(sandbox_id=POD))).platform
     assert (platform.os, bool(platform.architecture)) == ("linux", True)
     status = await rpc.SandboxStatus(sandbox_pb2.SandboxStatusRequest(sandbox_id=POD))
