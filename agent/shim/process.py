@@ -99,6 +99,11 @@ class Process:
 
     async def _copy_input(self, stdin: StdinReader | None) -> None:
         """Copy its input until that ends; without any, its stdin ends at once."""
+        if stdin is not None:
+            try:
+                stdin.open()
+            except OSError:
+                stdin = None  # its client is gone
         try:
             while stdin is not None and (data := await stdin.read()):
                 while data:

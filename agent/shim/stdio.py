@@ -63,13 +63,20 @@ class StdinReader:
     """The reading end of a process's stdin.  A writing end is held: only ``close_input`` causes end of file."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError."""
-        self._fd = os.open(_path_of(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            self._held = os.open(_path_of(path), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            os.close(self._fd)
-            raise
+        """Raises OSError if there is none."""
+        self._path = Path(_path_of(path))
+        self._path.stat()
+        self._fd = self._held = -1
+        self._input_ended = False
+
+    def open(self) -> None:
+        """Open it: a client that waits for this may write, and then close its input (CloseIO).  Raises OSError.
+
+        For the latter, containerd has to know the task, and so has answered Create (nerdctl does not try again).
+        """
+        self._fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not self._input_ended:
+            self._held = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     async def read(self) -> bytes:
         """Return bytes as they come; none at the end.  Raises OSError."""
@@ -81,6 +88,7 @@ class StdinReader:
 
     def close_input(self) -> None:
         """Give the reader end of file after queued input (CloseIO)."""
+        self._input_ended = True
         if self._held >= 0:
             os.close(self._held)
             self._held = -1

@@ -58,6 +58,44 @@ async def test_input_ends_by_close_io_alone(fake: FakeContainerd) -> None:
     out.close()
 
 
+async def test_input_is_opened_when_containerd_knows_the_task(fake: FakeContainerd) -> None:
+    """A client that has nothing to send opens it and calls CloseIO, once."""
+    out, path = Fifo(fake.place / "out", os.O_RDONLY), fake.place / "in"
+    os.mkfifo(path)
+    task = await fake.start("c1", "cat")
+    await task.create(stdin=str(path), stdout=out.path)
+    with pytest.raises(OSError, match="No such device or address"):  # fifo(7): ENXIO, nobody reads
+        os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    await task.call("Start")
+    client = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    os.write(client, b"all\n")
+    os.close(client)
+    await task.call("CloseIO", stdin=True)
+    assert await out.read() == b"all\n"
+    await task.call("Wait")
+    await task.call("Delete")
+    await task.call("Shutdown")
+    out.close()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_input_that_ended_before_the_start_is_none(fake: FakeContainerd, gone: bool) -> None:
+    out, path = Fifo(fake.place / "out", os.O_RDONLY), fake.place / "in"
+    os.mkfifo(path)
+    task = await fake.start("c1", "cat")
+    await task.create(stdin=str(path), stdout=out.path)
+    if gone:
+        path.unlink()
+    else:
+        await task.call("CloseIO", stdin=True)
+    await task.call("Start")
+    assert await out.read() == b""
+    assert (await task.call("Wait")).exit_status == 0
+    await task.call("Delete")
+    await task.call("Shutdown")
+    out.close()
+
+
 async def test_without_stdin_a_process_reads_end_of_file(fake: FakeContainerd) -> None:
     task = await fake.start("c1", "sh", "-c", "cat; exec sleep 1000")
     await task.create()
