@@ -37,6 +37,7 @@ def metrics(stats: Any) -> metrics_pb2.Metrics:
     made.memory.swap_usage = max(0, both.usage - memory.usage.usage)
     made.memory.swap_limit = both.limit if both.limit == UNLIMITED else max(0, both.limit - memory.usage.limit)
     made.memory_events.max = memory.usage.failcnt
+    made.io.SetInParent()  # clients expect it even without entries
     _add_io(made, cgroup.blkio_stats)
     for page_size, huge in cgroup.hugetlb_stats.items():
         made.hugetlb.add(current=huge.usage, max=huge.max_usage, pagesize=page_size)

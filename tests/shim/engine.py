@@ -64,7 +64,7 @@ class Engine:
     def __init__(self, place: Path, environment: dict[str, str]) -> None:
         self.place = place
         self.run = Path(environment["CAISSON_RUN"])
-        self._environment = environment
+        self.environment = environment
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
@@ -73,17 +73,17 @@ class Engine:
 
     def _containerd(self) -> subprocess.Popen[bytes]:
         process = self._started(["containerd", "-c", f"{self.place}/containerd.toml"])
-        await_answer(["ctr", "-a", f"{self.place}/containerd.sock", "version"], self._environment, self.place)
+        await_answer(["ctr", "-a", f"{self.place}/containerd.sock", "version"], self.environment, self.place)
         return process
 
     def _dockerd(self) -> subprocess.Popen[bytes]:
         process = self._started(_dockerd(self.place))
-        await_answer(["docker", "version"], self._environment, self.place)
+        await_answer(["docker", "version"], self.environment, self.place)
         return process
 
     def _started(self, words: list[str]) -> subprocess.Popen[bytes]:
         with (self.place / "log").open("ab") as log:
-            return subprocess.Popen(words, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            return subprocess.Popen(words, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def kill_containerd(self) -> None:
         """Kill and restart containerd."""
@@ -106,32 +106,32 @@ class Engine:
     def docker(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         """Run a docker command to completion."""
         return subprocess.run(
-            ["docker", *words], input=stdin, env=self._environment, capture_output=True, timeout=COMMAND_TIMEOUT
+            ["docker", *words], input=stdin, env=self.environment, capture_output=True, timeout=COMMAND_TIMEOUT
         )
 
     def delete_tasks(self) -> None:
         """Kill and delete every task that containerd runs for docker."""
         ctr = ["ctr", "--address", f"{self.place}/containerd.sock", "--namespace", "moby", "tasks"]
-        running = subprocess.run([*ctr, "list", "--quiet"], env=self._environment, capture_output=True, check=True)
+        running = subprocess.run([*ctr, "list", "--quiet"], env=self.environment, capture_output=True, check=True)
         for task in running.stdout.decode().split():
-            subprocess.run([*ctr, "delete", "--force", task], env=self._environment, capture_output=True, check=True)
+            subprocess.run([*ctr, "delete", "--force", task], env=self.environment, capture_output=True, check=True)
 
     def ctr(self, *words: str) -> subprocess.CompletedProcess[bytes]:
         """Run a ctr command, in a separate namespace."""
         command = ["ctr", "--address", f"{self.place}/containerd.sock", "--namespace", "pods", *words]
-        return subprocess.run(command, env=self._environment, capture_output=True, timeout=COMMAND_TIMEOUT)
+        return subprocess.run(command, env=self.environment, capture_output=True, timeout=COMMAND_TIMEOUT)
 
     def on_terminal(self, rows: int, columns: int, *words: str) -> subprocess.CompletedProcess[bytes]:
         """Run a docker command on a terminal of this size."""
         command = f"stty rows {rows} cols {columns}; exec docker {' '.join(words)}"
         return subprocess.run(
-            ["script", "-qec", command, os.devnull], env=self._environment, stdin=subprocess.DEVNULL,
+            ["script", "-qec", command, os.devnull], env=self.environment, stdin=subprocess.DEVNULL,
             capture_output=True, timeout=COMMAND_TIMEOUT,
         )  # fmt: skip
 
     def vms(self) -> list[str]:
         """Return the names of the running VMs."""
-        return sorted(path.name for path in Path(self._environment["CAISSON_RUN"]).glob("pod-*"))
+        return sorted(path.name for path in Path(self.environment["CAISSON_RUN"]).glob("pod-*"))
 
     def mounts(self) -> list[str]:
         """Return the mount points of this docker's pods."""

@@ -57,6 +57,19 @@ async def test_a_container_from_create_to_shutdown(fake: FakeContainerd) -> None
     assert (await fake.delete_program(task)).exit_status == 137
 
 
+async def test_clients_reach_a_containers_root_by_its_pid_and_nothing_of_the_host(fake: FakeContainerd) -> None:
+    task = await fake.start("c1", *SLEEP)
+    pid = (await task.create()).pid
+    root = Path(f"/proc/{pid}/root")
+    assert {one.name for one in root.iterdir()} == {one.name for one in fake.rootfs.iterdir()}
+    assert (root / "bin/busybox").samefile(fake.rootfs / "bin/busybox")
+    points = [line.split()[4] for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+    assert points == ["/"]
+    assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
+    await task.call("Start")
+    await task.end()
+
+
 async def test_state_follows_a_process(fake: FakeContainerd) -> None:
     task = await fake.run("c1", *SLEEP)
     state = await task.call("State")
@@ -304,6 +317,7 @@ async def test_pids_connect_stats_and_update(fake: FakeContainerd) -> None:
     assert stats.type_url == "io.containerd.cgroups.v2.Metrics"
     metrics = metrics_pb2.Metrics.FromString(stats.value)
     assert metrics.memory.usage > 0 and metrics.pids.current == 1
+    assert metrics.HasField("io"), "nerdctl expects it even without entries"
     await task.call(
         "Update", resources=limits(b'{"pids": {"limit": 77}, "memory": {"limit": 33554432}, "devices": []}')
     )
