@@ -24,7 +24,7 @@ class Holder:
         self._named = namespace
         words = ["nsenter", f"--net={namespace}"] if namespace else []
         words += ["unshare", "--mount", "--propagation", "slave", *([] if namespace else ["--net"])]
-        words += ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", "echo; exec cat"]
+        words += ["setpriv", "--pdeathsig", "KILL", "--", "cat"]
         self._process = subprocess.Popen(
             words, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -33,9 +33,11 @@ class Holder:
 
     def open(self) -> None:
         """Wait until the process is in the namespace; its root is an empty directory then.  Raises NetworkError."""
-        assert self._process.stdout is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         with self._process.stdout as ready:
-            if ready.read(1) != b"\n":
+            with contextlib.suppress(BrokenPipeError):  # it has exited
+                os.write(self._process.stdin.fileno(), b"\n")
+            if ready.read(1) != b"\n":  # which `cat` returns: nothing is executed later, with another root
                 self.close()
                 raise NetworkError(f"network namespace {self._named or '(new)'}: cannot be joined")
         self._fd = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
