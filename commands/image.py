@@ -18,7 +18,7 @@ from caisson.image.programs import DEBIAN_KEYRING, TO_BUILD, TO_COMPILE, TO_UNPA
 #: Names of the steps' results for users.
 CLEANED = {
     "images": "images", "base": "packages, unpacked", "native": "packages that run during a cross-build",
-    "kernel": "kernels", "agent": "compiled agents", "tools": "programs that pack disks",
+    "kernel": "kernels", "agent": "compiled agents", "nsexec": "compiled nsexec", "tools": "programs that pack disks",
     "containers": "container images", "snapshots": "snapshots", "verify": "comparisons",
     "downloads": "downloaded suites",
 }  # fmt: skip

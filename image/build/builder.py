@@ -308,16 +308,26 @@ class Build:
         home = target / rootfs.HOME
         sources.copy(home)
         rootfs.compile_python(self._native() if d.is_foreign else base / "tree", d.native(), home, prefix=target)
-        with tempfile.TemporaryDirectory(dir=target) as scratch:
-            place = Path(scratch)
-            musl = None
-            if d.is_foreign:
-                musl = place / "musl"
-                musl.mkdir()
-                extract(self._packages_of_suite().fetch(["musl-dev"]), musl)
-            sources.compile_nsexec(place / "build", home / "nsexec", d.triplet, musl)
+        shutil.copy(self._nsexec(), home / "nsexec")
         if self.agent_key() != key:
             raise SourcesChanged("the agent's sources changed while they were compiled; build it again")
+
+    def _nsexec(self) -> Path:
+        """Build nsexec, a step of its own: a change of the agent leaves it as it is."""
+        d = self.definition
+        key = digest_of("nsexec", d.distribution, d.suite, d.arch, sources.nsexec_digest())
+        return self._step("nsexec", key, self._make_nsexec) / "nsexec"
+
+    def _make_nsexec(self, target: Path) -> None:
+        digest, d = sources.nsexec_digest(), self.definition
+        with tempfile.TemporaryDirectory(dir=target) as scratch:
+            musl = Path(scratch, "musl") if d.is_foreign else None
+            if musl is not None:
+                musl.mkdir()
+                extract(self._packages_of_suite().fetch(["musl-dev"]), musl)
+            sources.compile_nsexec(Path(scratch, "build"), target / "nsexec", d.triplet, musl)
+        if sources.nsexec_digest() != digest:
+            raise SourcesChanged("nsexec's sources changed while they were compiled; build it again")
 
     def files(self) -> list[treemap.File]:
         """List the files of the image before it is packed, and their packages; runs steps that are not cached."""

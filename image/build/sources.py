@@ -43,8 +43,12 @@ def agent_version() -> str:
 
 def digests() -> tuple[str, str]:
     """Return the digests of the modules and of nsexec's sources.  Raises ImageError."""
-    nsexec = [NSEXEC / "Makefile", *NSEXEC.glob("*.[ch]")]
-    return digest_of_files(ROOT, agent_files()), digest_of_files(ROOT, nsexec)
+    return digest_of_files(ROOT, agent_files()), nsexec_digest()
+
+
+def nsexec_digest() -> str:
+    """Return the digest of nsexec's sources."""
+    return digest_of_files(ROOT, [NSEXEC / "Makefile", *NSEXEC.glob("*.[ch]")])
 
 
 def copy(home: Path) -> None:
