@@ -61,7 +61,7 @@ def test_a_tree_there_and_back(vm: Caisson, tmp_path: Path) -> None:
     [
         ("/no/such/file", "files:/tmp", b"No such file or directory"),
         ("files:/no/such/file", "/tmp", b"No such file or directory"),
-        ("/etc/passwd", "files:/proc/x", b"mkdir: "),
+        ("/etc/passwd", "files:/proc/x", b"/proc: "),
         ("/etc/passwd", "files:/nowhere/x", b"/nowhere"),
         ("files:/etc/passwd", "/no/such/directory/x", b"no such directory"),
         ("a", "b", b"CONTAINER:PATH"),
