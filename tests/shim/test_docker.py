@@ -15,10 +15,8 @@ from pathlib import Path
 import pytest
 
 from caisson import image
-from tasks import PACKAGES
 from tests.shim.engine import RUNTIME, SHIM, Engine, children
 from tests.support.poll import wait_until
-from tests.support.source import ROOT
 
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -249,9 +247,10 @@ def test_a_killed_virtiofsd_ends_the_container(docker: Engine) -> None:
 
 def test_a_shim_serves_its_container_while_its_package_is_replaced(docker: Engine) -> None:
     installed, program = docker.place / "installed", docker.place / "bin/containerd-shim-earlier-v2"
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, installed / "caisson" / name)
-    ours = str(Path(image.__file__).parents[2])
+    packages = Path(image.__file__).parents[1]
+    for package in packages.iterdir():
+        shutil.copytree(package, installed / packages.name / package.name)
+    ours = str(packages.parent)
     earlier = f"import sys; sys.path[:] = [{str(installed)!r}, *(one for one in sys.path if one != {ours!r})]"
     program.write_text(SHIM.format(python=sys.executable).replace("\n", f"\n{earlier}\n", 1))
     program.chmod(0o755)
