@@ -121,11 +121,11 @@ def _mounts(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> 
 
 
 def _is_shm(mount: dict[str, Any]) -> bool:
-    """Return whether it is the shared memory that engines make for a pod, and name so; it might be a volume."""
-    source = str(mount.get("source", ""))
-    return mount.get("destination") == "/dev/shm" and any(
-        (point, name) == (os.path.realpath(source), "shm") for point, _, name, _ in mounts()
-    )
+    """Return whether a mount is the shared memory that the engine has made, a tmpfs named shm, and not a volume."""
+    if mount.get("destination") != "/dev/shm":
+        return False
+    source = os.path.realpath(str(mount.get("source", "")))
+    return any((point, name) == (source, "shm") for point, _, name, _ in mounts())
 
 
 def shm_size(document: dict[str, Any]) -> int:
@@ -145,7 +145,7 @@ def _submounts(source: str) -> list[str]:
 
 
 def _refuse_other_containers(linux: dict[str, Any]) -> None:
-    """Refuse the namespaces of a container that is not of the same pod.  A network without processes has a file."""
+    """Refuse the namespaces of a container of another pod: those of its processes, not a pod's network by its name."""
     for one in linux.get("namespaces") or []:
         kind, path = str(one.get("type")), str(one.get("path") or "")
         if path.startswith("/proc/") and kind in ("network", "pid", "ipc", "uts"):

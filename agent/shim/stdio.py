@@ -63,16 +63,17 @@ class StdinReader:
     """The reading end of a process's stdin.  A writing end is held: only ``close_input`` causes end of file."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError if there is none."""
+        """Take the path or URL of a FIFO; `open` opens it.  Raises OSError if it does not exist."""
         self._path = Path(_path_of(path))
         self._path.stat()
         self._fd = self._held = -1
         self._input_ended = False
 
     def open(self) -> None:
-        """Open it: a client that waits for this may write, and then close its input (CloseIO).  Raises OSError.
+        """Open both ends; the client, whose open(2) waits for this, can write now.  Raises OSError.
 
-        For the latter, containerd has to know the task, and so has answered Create (nerdctl does not try again).
+        Not before Create has been answered: when a client has sent everything, it calls CloseIO, and nerdctl gives up
+        if containerd does not know the task yet.
         """
         self._fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not self._input_ended:

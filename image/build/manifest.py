@@ -63,9 +63,6 @@ def contents(
 
 def osbuilder(document: Mapping[str, Any], definition: Definition) -> str:
     """Return osbuilder.yaml, format 0.0.2, which Kata's tools look for in /var/lib/osbuilder (kata-collect-data.sh)."""
-    packages: dict[bool, list[str]] = {False: [], True: []}
-    for one in document["packages"]:
-        packages[one["type"] == "wheel"].append(f"{one['name']}={one['version']}")
     description = {
         "osbuilder": {"url": "", "version": document["agent"]["version"]},
         "rootfs-creation-time": "1970-01-01T00:00:00+00:00",
@@ -75,7 +72,12 @@ def osbuilder(document: Mapping[str, Any], definition: Definition) -> str:
         "base-distro": {
             "name": definition.distribution.capitalize(),
             "version": document["suite"],
-            "packages": {"default": packages[False], "extra": packages[True]},
+            "packages": {
+                "default": [
+                    f"{one['name']}={one['version']}" for one in document["packages"] if one["type"] != "wheel"
+                ],
+                "extra": [f"{one['name']}={one['version']}" for one in document["packages"] if one["type"] == "wheel"],
+            },
         },
         "agent": {
             "url": "",

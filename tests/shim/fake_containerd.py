@@ -59,6 +59,11 @@ def process(*args: str, terminal: bool = False, **fields: Any) -> dict[str, Any]
     return {"args": args, "env": ["PATH=/bin"], "cwd": "/", "user": user, "terminal": terminal, **fields}
 
 
+def limits(value: bytes) -> dict[str, object]:
+    """Return the resources of an Update."""
+    return {"type_url": "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources", "value": value}
+
+
 class FakeContainerd:
     """A containerd directory: sockets, bundles, and the shim's program."""
 
